@@ -1,0 +1,49 @@
+# Two commands matter: `make demo` and `make test`. Both need only Python >= 3.10, make and a C++ compiler (Inductor's).
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint format bench-cpu clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+# torch is installed first and alone, so that no other requirement chooses its build.
+$(VENV)/torch.stamp: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	@touch $@
+
+$(VENV)/demo.stamp: pyproject.toml $(VENV)/torch.stamp
+	$(PIP) --editable '.[demo]'
+	@touch $@
+
+$(VENV)/dev.stamp: pyproject.toml $(VENV)/torch.stamp
+	$(PIP) --editable '.[dev]'
+	@touch $@
+
+demo: $(VENV)/demo.stamp ## install, then run a video transformer dense and with SLA2 (about three minutes)
+	$(BIN)/python examples/quickstart.py
+
+test: lint ## install, lint, type-check, run the tests
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: lint ## the same with the slow tests
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/dev.stamp ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/dev.stamp ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench-cpu: $(VENV)/dev.stamp ## time and memory of the op against dense attention on this CPU
+	$(BIN)/python benchmarks/cpu_attention.py
+
+clean: ## remove the virtual environment, builds and caches
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,7 @@
+"""SLA2 attention for any PyTorch model: `torch.compile(model, backend="sla2")`."""
+
+from sla2_compile.config import SLA2Config
+from sla2_compile.functional import attention
+
+__all__ = ["SLA2Config", "attention"]
+__version__ = "0.1.0"

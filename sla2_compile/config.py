@@ -1,0 +1,142 @@
+"""All settings of SLA2 attention, in one frozen dataclass checked when it is made.
+
+The fields are also the keys of ``torch.compile(model, backend="sla2", options={...})``. Notation and equations:
+"SLA2: Sparse-Linear Attention with Learnable Routing and QAT", arXiv 2602.12675.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+FeatureMap = Literal["softmax", "elu", "relu"]
+QKFormat = Literal["int8", "fp8"]
+PVFormat = Literal["fp8"]
+Tail = Literal["pooled", "linear"]
+Mixing = Literal["row", "block"]
+
+# Sparsity is carried through the op as an integer number of these, so that the number of kept blocks is exact integer
+# arithmetic for plain and for symbolic lengths alike.
+SPARSITY_UNIT = 1_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class SLA2Config:
+    """Settings of one SLA2 attention, or of every one that the backend converts.
+
+    Args:
+        sparsity: fraction of key blocks that skip the exact (sparse) branch, in [0, 1). 0 keeps all: dense attention.
+        block_q: query tokens per block.
+        block_k: key tokens per block.
+        feature_map: phi of the linear tail, applied over the head dimension.
+        qk_format: number format of Q K^T in the sparse branch; None is the inputs' own.
+        pv_format: number format of P V in the sparse branch; None is the inputs' own.
+        tail: what stands for the blocks that are not kept: softmax over their means ("pooled") or linear attention.
+        mixing: weight of the sparse branch: from each row's own probability mass ("row") or a logit per block.
+        token_grid: (frames, height, width) of the video part of the sequence; its tokens are then visited in
+            4 x 4 x 4 tiles. None keeps the model's order.
+        min_seq_len: the backend leaves attention over fewer tokens dense.
+        exact_prefix: tokens at the start of the sequence that stay exact (text).
+        exact_suffix: tokens at its end that stay exact.
+        include: patterns (fnmatch) of site names to convert; empty means all.
+        exclude: patterns of site names to leave dense.
+        strict: raise where a site that was asked for cannot be converted, instead of leaving it dense.
+
+    Raises:
+        ValueError: a value out of range, naming the field, what was expected, what came and what to do.
+        TypeError: a value of the wrong type, likewise.
+    """
+
+    sparsity: float = 0.75
+    block_q: int = 128
+    block_k: int = 64
+    feature_map: FeatureMap = "softmax"
+    qk_format: QKFormat | None = None
+    pv_format: PVFormat | None = None
+    tail: Tail = "pooled"
+    mixing: Mixing = "row"
+    token_grid: tuple[int, int, int] | None = None
+    min_seq_len: int = 2048
+    exact_prefix: int = 0
+    exact_suffix: int = 0
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        _check_number(self, "sparsity", "a fraction in [0, 1)", lambda x: 0 <= x < 1, "0.97 skips 97 % of the blocks")
+        for name in ("block_q", "block_k"):
+            _check_int(self, name, "a power of two from 16 to 256", lambda x: x in (16, 32, 64, 128, 256))
+        for name in ("min_seq_len", "exact_prefix", "exact_suffix"):
+            _check_int(self, name, "an integer >= 0", lambda x: x >= 0)
+        _check_choice(self, "feature_map", get_args(FeatureMap))
+        _check_choice(self, "qk_format", (None, *get_args(QKFormat)))
+        _check_choice(self, "pv_format", (None, *get_args(PVFormat)))
+        _check_choice(self, "tail", get_args(Tail))
+        _check_choice(self, "mixing", get_args(Mixing))
+        _check_choice(self, "strict", (False, True))
+        for name in ("include", "exclude"):
+            object.__setattr__(self, name, _as_patterns(name, getattr(self, name)))
+        object.__setattr__(self, "token_grid", _as_grid(self.token_grid))
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any] | None) -> SLA2Config:
+        """The config for torch.compile's ``options``; an unknown key is a ValueError that lists the known ones."""
+        options = dict(options or {})
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            raise ValueError(
+                f"options: unknown key{'s' if len(unknown) > 1 else ''} {', '.join(map(repr, unknown))}; "
+                f"expected any of {', '.join(known)}. Inductor's own settings are chosen with mode=..."
+            )
+        return cls(**options)
+
+    @property
+    def sparsity_units(self) -> int:
+        """The sparsity in millionths, as the op takes it."""
+        return round(self.sparsity * SPARSITY_UNIT)
+
+
+def _fail(kind: type[Exception], name: str, expected: str, got: object, remedy: str = "") -> None:
+    raise kind(f"{name}: expected {expected}, got {got!r}{'; ' + remedy if remedy else ''}")
+
+
+def _check_number(config: SLA2Config, name: str, expected: str, valid: Any, remedy: str) -> None:
+    value = getattr(config, name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        _fail(TypeError, name, expected, value, remedy)
+    if not valid(value):
+        _fail(ValueError, name, expected, value, remedy)
+
+
+def _check_int(config: SLA2Config, name: str, expected: str, valid: Any) -> None:
+    value = getattr(config, name)
+    if isinstance(value, bool) or not isinstance(value, int):
+        _fail(TypeError, name, expected, value)
+    if not valid(value):
+        _fail(ValueError, name, expected, value)
+
+
+def _check_choice(config: SLA2Config, name: str, choices: tuple[Any, ...]) -> None:
+    value = getattr(config, name)
+    if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
+        _fail(ValueError, name, f"one of {', '.join(map(repr, choices))}", value)
+
+
+def _as_patterns(name: str, value: Any) -> tuple[str, ...]:
+    patterns = (value,) if isinstance(value, str) else tuple(value)
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        _fail(TypeError, name, "site-name patterns such as 'blocks.*.attn1'", value)
+    return patterns
+
+
+def _as_grid(value: Any) -> tuple[int, int, int] | None:
+    if value is None:
+        return None
+    grid = tuple(value)
+    if len(grid) != 3 or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in grid):
+        _fail(ValueError, "token_grid", "three positive integers (frames, height, width)", value)
+    return grid

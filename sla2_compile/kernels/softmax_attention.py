@@ -1,0 +1,59 @@
+"""Softmax attention over a batch of small dense problems with its log-sum-exp: the blocked implementation's inner step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sla2_compile.kernels.reference import masked_softmax, quantize_blocks
+from sla2_compile.kernels.settings import Settings
+from sla2_compile.quant.formats import quantize_dequantize_probabilities
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """softmax(scale q k^T + bias) v.
+
+    Args:
+        q: (R, M, D).
+        k, v: (R, K, D), strides may be 0 along R.
+        bias: (R or 1, M or 1, K) in the statistics' dtype, finite or -inf; None is 0.
+        scale: of the scores.
+
+    Returns:
+        out (R, M, D) in q's dtype and lse (R, M), float32 or float64. A row with nothing to see gives 0 and -inf.
+    """
+    if q.device.type == "cpu":
+        mask = None if bias is None else bias[:, None].expand(len(q), 1, q.shape[1], k.shape[1])
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q[:, None], k[:, None], v[:, None], attn_mask=mask, scale=scale
+        )
+        return out[:, 0], lse[:, 0]
+    return _explicit(q, k, v, bias, scale, None)
+
+
+def sparse_branch(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, settings: Settings
+) -> tuple[Tensor, Tensor]:
+    """`softmax_attention` at the precision the settings ask for; v comes already rounded to its format."""
+    if settings.qk_format is None and settings.pv_format is None:
+        return softmax_attention(q, k, v, bias, settings.scale)
+    return _explicit(q, k, v, bias, settings.scale, settings)
+
+
+def _explicit(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, low_bit: Settings | None
+) -> tuple[Tensor, Tensor]:
+    statistics = torch.promote_types(q.dtype, torch.float32)
+    queries, k, v = (x.to(statistics) for x in (q, k, v))
+    if low_bit is not None and low_bit.qk_format is not None:
+        queries = quantize_blocks(queries, low_bit.block_q, low_bit.qk_format)
+        k = quantize_blocks(k, low_bit.block_k, low_bit.qk_format)
+    scores = queries @ k.mT * scale
+    if bias is not None:
+        scores = scores + bias
+    probs, lse = masked_softmax(scores, scores > -torch.inf)
+    if low_bit is not None and low_bit.pv_format is not None:
+        peak = probs.amax(-1, keepdim=True)
+        peak = torch.where(peak > 0, peak, 1)
+        probs = quantize_dequantize_probabilities(probs / peak) * peak
+    return (probs @ v).to(q.dtype), lse

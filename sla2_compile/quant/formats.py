@@ -1,0 +1,48 @@
+"""Low-bit number formats of the sparse branch: codes, scales, and the values they stand for.
+
+Scales follow SageAttention2++ (arXiv 2505.21136): q and k per block of tokens, v per channel, probabilities by a
+constant that fills the range. Rounding is to nearest even; scales divide, as the kernels do.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FP8_MAX = 448.0
+INT8_MAX = 127.0
+
+
+def round_to_format(x: Tensor, number_format: str) -> Tensor:
+    """Values already scaled to the format's range, rounded to its codes; same dtype, gradient not defined."""
+    if number_format == "int8":
+        return x.round().clamp(-INT8_MAX, INT8_MAX)
+    if number_format == "fp8":
+        return x.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).to(x.dtype)
+    raise ValueError(f"number_format: expected 'int8' or 'fp8', got {number_format!r}")
+
+
+def quantize_dequantize(x: Tensor, number_format: str, dims: tuple[int, ...]) -> Tensor:
+    """What `x` becomes when stored in the format with one scale for all elements along `dims`.
+
+    Args:
+        x: any shape, floating.
+        number_format: "int8" (symmetric, -127 to 127) or "fp8" (e4m3, -448 to 448).
+        dims: dimensions that share a scale.
+
+    Returns:
+        Tensor like `x`. Its gradient is the identity (straight-through).
+    """
+    limit = INT8_MAX if number_format == "int8" else FP8_MAX
+    with torch.no_grad():
+        scale = x.abs().amax(dims, keepdim=True) / limit
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        rounded = round_to_format(x / scale, number_format) * scale
+    return x + (rounded - x).detach()
+
+
+def quantize_dequantize_probabilities(p: Tensor) -> Tensor:
+    """Probabilities in [0, 1], relative to their row's maximum, rounded through FP8 e4m3; straight-through gradient."""
+    with torch.no_grad():
+        rounded = round_to_format(p * FP8_MAX, "fp8") / FP8_MAX
+    return p + (rounded - p).detach()

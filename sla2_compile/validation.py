@@ -1,0 +1,131 @@
+"""Checks of the op's arguments. Every error names the argument, what was expected, what came and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
+
+
+def check_attention_arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    proj_q: Tensor | None,
+    proj_k: Tensor | None,
+    alpha_logit: Tensor | None,
+    alpha_gain: Tensor | None,
+    *,
+    enable_gqa: bool,
+    mixing: str,
+    token_grid: Sequence[int] | None,
+    exact_prefix: int,
+    exact_suffix: int,
+) -> None:
+    """Raise ValueError or TypeError if the arguments of `sla2::attention` do not fit each other."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4:
+            raise ValueError(f"{name}: expected 4 dimensions (B, H, N, D), got shape {tuple(x.shape)}; add the missing")
+    _check_dtypes(q, k, v)
+    _check_shapes(q, k, v, enable_gqa)
+    _check_mask(q, k, attn_mask)
+    _check_learned(q, proj_q, proj_k, alpha_logit, alpha_gain, mixing)
+    _check_exact_tokens(q, k, token_grid, exact_prefix, exact_suffix)
+
+
+def _check_dtypes(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if q.dtype not in DTYPES:
+        raise TypeError(f"q: expected float32, bfloat16, float16 or (on a CPU) float64, got {q.dtype}; convert it")
+    for name, x in (("k", k), ("v", v)):
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name}: expected q's dtype {q.dtype}, got {x.dtype}; convert it")
+        if x.device != q.device:
+            raise ValueError(f"{name}: expected q's device {q.device}, got {x.device}; move it")
+    if q.dtype == torch.float64 and q.device.type not in ("cpu", "meta"):
+        raise TypeError(f"q: expected float32, bfloat16 or float16 on {q.device.type}, got float64; convert it to float32")
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> None:
+    if k.shape != v.shape:
+        raise ValueError(f"v: expected k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
+    if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
+        raise ValueError(
+            f"k: expected q's batch {q.shape[0]} and head dim {q.shape[3]}, got shape {tuple(k.shape)}; "
+            "the layout is (B, H, N, D)"
+        )
+    if not MIN_HEAD_DIM <= q.shape[3] <= MAX_HEAD_DIM:
+        raise ValueError(
+            f"q: expected a head dim from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {q.shape[3]}; "
+            "use F.scaled_dot_product_attention for this one"
+        )
+    if enable_gqa:
+        if k.shape[1] == 0 or q.shape[1] % k.shape[1] != 0:
+            raise ValueError(f"k: expected a number of heads that divides q's {q.shape[1]}, got {k.shape[1]}")
+    elif k.shape[1] != q.shape[1]:
+        raise ValueError(f"k: expected q's {q.shape[1]} heads, got {k.shape[1]}; pass enable_gqa=True if that is meant")
+
+
+def _check_mask(q: Tensor, k: Tensor, attn_mask: Tensor | None) -> None:
+    if attn_mask is None:
+        return
+    if attn_mask.dtype != torch.bool:
+        raise TypeError(
+            f"attn_mask: expected bool, True where the key is real, got {attn_mask.dtype}; "
+            "additive masks and biases need F.scaled_dot_product_attention"
+        )
+    shape = tuple(attn_mask.shape)
+    if len(shape) != 4 or shape[0] not in (1, q.shape[0]) or shape[1:3] != (1, 1) or shape[3] != k.shape[2]:
+        raise ValueError(
+            f"attn_mask: expected a key-padding mask ({q.shape[0]} or 1, 1, 1, {k.shape[2]}), got shape {shape}; "
+            "masks that differ between queries or heads need F.scaled_dot_product_attention"
+        )
+
+
+def _check_learned(
+    q: Tensor,
+    proj_q: Tensor | None,
+    proj_k: Tensor | None,
+    alpha_logit: Tensor | None,
+    alpha_gain: Tensor | None,
+    mixing: str,
+) -> None:
+    heads, dim = q.shape[1], q.shape[3]
+    if (proj_q is None) != (proj_k is None):
+        raise ValueError("router: expected both of (proj_q, proj_k) or None, got one; an identity is torch.eye(D)")
+    for name, x in (("proj_q", proj_q), ("proj_k", proj_k)):
+        if x is not None and tuple(x.shape) != (dim, dim):
+            raise ValueError(f"router: expected {name} of shape {(dim, dim)}, got {tuple(x.shape)}")
+    if alpha_logit is not None and (alpha_logit.dim() != 2 or alpha_logit.shape[0] != heads or alpha_logit.shape[1] < 1):
+        raise ValueError(
+            f"alpha_logit: expected ({heads}, M) with M >= 1 query blocks, got {tuple(alpha_logit.shape)}; "
+            "(H, 1) is one value per head"
+        )
+    if alpha_gain is not None and tuple(alpha_gain.shape) != (heads,):
+        raise ValueError(f"alpha_gain: expected ({heads},), one per head, got {tuple(alpha_gain.shape)}")
+    if alpha_gain is not None and mixing == "block":
+        raise ValueError('alpha_gain: expected None with mixing="block", got a tensor; use mixing="row" or drop it')
+
+
+def _check_exact_tokens(
+    q: Tensor, k: Tensor, token_grid: Sequence[int] | None, exact_prefix: int, exact_suffix: int
+) -> None:
+    kv_len = k.shape[2]
+    if exact_prefix + exact_suffix > kv_len:
+        raise ValueError(
+            f"exact_prefix and exact_suffix: expected at most {kv_len} tokens together, the number of keys, "
+            f"got {exact_prefix} + {exact_suffix}"
+        )
+    if token_grid is None:
+        return
+    grid_size = token_grid[0] * token_grid[1] * token_grid[2]
+    if q.shape[2] != kv_len or grid_size + exact_prefix + exact_suffix != kv_len:
+        raise ValueError(
+            f"token_grid: expected t * h * w + exact_prefix + exact_suffix to be the number of queries and of keys, "
+            f"got {tuple(token_grid)} ({grid_size} tokens) + {exact_prefix} + {exact_suffix} for {q.shape[2]} queries "
+            f"and {kv_len} keys; pass the grid of this sequence or None"
+        )
