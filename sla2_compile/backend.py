@@ -1,0 +1,125 @@
+"""The torch.compile backend `sla2`: our passes on the graph, then Inductor.
+
+Found by its name through the `torch_dynamo_backends` entry point, so that no import of ours is needed.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch._inductor import list_mode_options
+from torch._inductor.compile_fx import compile_fx
+from torch.fx import GraphModule
+
+import sla2_compile.ops  # noqa: F401  (registers the operators)
+from sla2_compile.config import SLA2Config
+from sla2_compile.passes.pipeline import convert
+from sla2_compile.passes.sites import Site
+
+CompileGraph = Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
+
+
+def sla2(
+    gm: GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """Compile a Dynamo graph with its attention rewritten to SLA2.
+
+    Args:
+        gm: the graph.
+        example_inputs: its fake inputs.
+        mode: Inductor's, as for torch.compile: "default", "reduce-overhead", "max-autotune" and so on.
+        options: fields of `SLA2Config`.
+
+    Raises:
+        ValueError: an unknown mode or option, an option out of range, or a site that `strict` insists on.
+        TypeError: an option of the wrong type.
+    """
+    config = SLA2Config.from_options(options)
+    compile_graph = functools.partial(_compile_with_inductor, config_patches=_mode_options(mode))
+    return build_backend(config, compile_graph, sparsity_is_default="sparsity" not in (options or {}))(
+        gm, example_inputs
+    )
+
+
+def build_backend(
+    config: SLA2Config, compile_graph: CompileGraph, *, sparsity_is_default: bool = False
+) -> CompileGraph:
+    """A Dynamo backend that converts a graph and hands it on to another backend.
+
+    Args:
+        config: the settings.
+        compile_graph: what compiles the rewritten graph, for example Inductor or `aot_eager`.
+        sparsity_is_default: nobody chose the sparsity, so say which one is used.
+    """
+
+    def backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        sites = convert(gm, config)
+        _report_unconverted(gm, sites, config)
+        if sparsity_is_default and any(site.verdict == "sla2" for site in sites):
+            warnings.warn(
+                f"sla2: no sparsity was given, so the cautious default of {config.sparsity} is used; pass "
+                'options={"sparsity": ...} to choose one',
+                stacklevel=2,
+            )
+        return compile_graph(gm, example_inputs)
+
+    return backend
+
+
+def _report_unconverted(gm: GraphModule, sites: list[Site], config: SLA2Config) -> None:
+    """Say once that nothing became SLA2; an error under `strict` where the graph is the whole model."""
+    if any(site.verdict == "sla2" for site in sites) or (not sites and not _is_whole_model(gm)):
+        return
+    if sites:
+        reasons = "; ".join(sorted({site.reason for site in sites}))
+        what = f"none of the {len(sites)} attention sites of a compiled graph was converted ({reasons})"
+    else:
+        what = "the model holds no attention that the backend knows"
+    if config.strict:
+        raise ValueError(
+            f"strict: expected at least one converted attention site, but {what}; drop strict or the backend"
+        )
+    warnings.warn(
+        f"sla2: {what}; it runs as with Inductor. sla2_compile.explain(model, ...) lists the sites", stacklevel=2
+    )
+
+
+def _is_whole_model(gm: GraphModule) -> bool:
+    """Whether the graph is all of what was compiled, not a part between graph breaks."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is None:
+        return True
+    resumed = bool(reason.user_stack) and reason.user_stack[-1].name.startswith("torch_dynamo_resume")
+    return not reason.graph_break and not resumed
+
+
+def _mode_options(mode: str | None) -> dict[str, Any]:
+    """Inductor's settings for a mode."""
+    known = list_mode_options()
+    if mode is not None and mode not in known:
+        raise ValueError(f"mode: expected one of {', '.join(map(repr, known))}, got {mode!r}")
+    return known.get(mode or "default", {})
+
+
+def _compile_with_inductor(
+    gm: GraphModule, example_inputs: Sequence[Any], *, config_patches: dict[str, Any]
+) -> Callable[..., Any]:
+    # Inductor's caches do not see the Python behind our operators; the tag makes them forget when it changes.
+    tag = torch.compiler.config.cache_key_tag + source_hash()
+    with torch.compiler.config.patch(cache_key_tag=tag):  # type: ignore[attr-defined]  # installed at import time
+        return cast(Callable[..., Any], compile_fx(gm, list(example_inputs), config_patches=config_patches))
+
+
+@functools.cache
+def source_hash() -> str:
+    """A hash of every source file of this package."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return f"sla2-{digest.hexdigest()[:16]}"

@@ -1,0 +1,168 @@
+"""`explain`: every attention site of a model with its verdict, the reason, and what SLA2 would do there."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import sla2_compile.ops  # noqa: F401  (registers the operators)
+from sla2_compile.config import SLA2Config
+from sla2_compile.kernels.blocked_routing import kept_block_mask
+from sla2_compile.kernels.blocks import num_blocks
+from sla2_compile.passes.pipeline import convert
+from sla2_compile.passes.sites import Site, size_hint
+
+# More graphs than any model has: explaining must not stop at the limit of recompilations.
+_NO_LIMIT = 1 << 20
+
+
+@dataclass
+class SiteReport:
+    """What `explain` found at one site.
+
+    Args:
+        site: the site and what was decided.
+        mask: (M, T) share of the heads that keep each key block, from the first batch element of the example input;
+            None where the site stays dense or the tensors hold no data.
+        measured_sparsity: fraction of the block pairs with real keys that were skipped; None likewise.
+        num_calls: how often the site ran in one call of the model; blocks that share their code share a site.
+    """
+
+    site: Site
+    mask: Tensor | None = None
+    measured_sparsity: float | None = None
+    num_calls: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        site = self.site
+        delivered = site.delivered_sparsity if self.measured_sparsity is None else self.measured_sparsity
+        return {
+            "name": site.name,
+            "verdict": site.verdict,
+            "reason": site.reason,
+            "q_shape": tuple(size_hint(size) for size in site.q_shape),
+            "kv_len": size_hint(site.kv_len),
+            "requested_sparsity": site.requested_sparsity,
+            "delivered_sparsity": delivered,
+            "flops_dense": site.flops_dense,
+            "flops_sla2": site.flops_sla2,
+            "num_calls": self.num_calls,
+        }
+
+
+@dataclass
+class Report:
+    """The attention sites of a model in the order of execution. Prints as a table."""
+
+    sites: list[SiteReport] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """`{"sites": [...]}`, each a dict of plain values.
+
+        Keys: name, verdict ("sla2" or "dense"), reason, q_shape (B, H, N, D), kv_len, requested_sparsity,
+        delivered_sparsity, flops_dense, flops_sla2 (both of one call, forward), num_calls.
+        """
+        return {"sites": [site.to_dict() for site in self.sites]}
+
+    def __str__(self) -> str:
+        from sla2_compile.report import report_table
+
+        return report_table(self.to_dict()["sites"])
+
+    def to_html(self) -> str:
+        """A page with the table and a picture of every converted site's block mask; needs the extra `report`."""
+        from sla2_compile.report import report_page
+
+        return report_page(self.to_dict()["sites"], [site.mask for site in self.sites])
+
+
+def explain(model: Callable[..., Any], *args: Any, config: SLA2Config | None = None, **kwargs: Any) -> Report:
+    """Say what `torch.compile(model, backend="sla2")` would do with each attention of the model, and why.
+
+    Runs the model once on the inputs, without gradients, with converted attention in place; weights, buffers'
+    values in eval mode and the random state stay as they are. Models and inputs on the meta device work too and give
+    everything but the pictures.
+
+    Args:
+        model: a module or function, not compiled or compiled.
+        *args: its inputs.
+        config: settings, as the backend's options; None is `SLA2Config()`.
+        **kwargs: its keyword inputs.
+
+    Returns:
+        The report: `print(report)`, `report.to_dict()`, `report.to_html()`.
+
+    Raises:
+        ValueError: under `config.strict`, where a site that was asked for cannot be converted.
+    """
+    report = Report()
+    settings = SLA2Config() if config is None else config
+
+    def backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        for site in convert(gm, settings):
+            found = SiteReport(site)
+            report.sites.append(found)
+            run = _run_sla2 if site.verdict == "sla2" else _run_dense
+            # FX writes a target by its name, which a partial lacks.
+            site.node.target = functools.update_wrapper(functools.partial(run, found), run)
+            site.owner.recompile()
+        return gm
+
+    uncompiled = getattr(model, "_orig_mod", model)
+    with (
+        torch.no_grad(),
+        torch.random.fork_rng(),
+        torch._dynamo.config.patch(recompile_limit=_NO_LIMIT, accumulated_recompile_limit=_NO_LIMIT),
+    ):
+        torch.compile(uncompiled, backend=backend, dynamic=False)(*args, **kwargs)
+    return report
+
+
+def _run_dense(report: SiteReport, *args: Any, **kwargs: Any) -> Any:
+    report.num_calls += 1
+    return F.scaled_dot_product_attention(*args, **kwargs)
+
+
+def _run_sla2(report: SiteReport, *args: Any, **kwargs: Any) -> Any:
+    """Run the op of a site and keep what its router chose."""
+    report.num_calls += 1
+    with _KeptBlocks() as recorder:
+        out = torch.ops.sla2.attention(*args, **kwargs)
+    kept = recorder.kept
+    if report.mask is None and kept is not None and kept.device.type != "meta":
+        config = report.site.config
+        assert config is not None
+        mask = kept_block_mask(kept, num_blocks(args[1].shape[2], config.block_k))
+        report.mask = mask[0].float().mean(0).cpu()
+        report.measured_sparsity = _measured_sparsity(mask, args[3], config.block_k)
+    return out
+
+
+def _measured_sparsity(mask: Tensor, attn_mask: Tensor | None, block_k: int) -> float:
+    """Share of the pairs with a real key that `mask` (B, H, M, T) does not keep."""
+    is_real = torch.ones_like(mask)
+    if attn_mask is not None:
+        missing = -attn_mask.shape[3] % block_k
+        padded = F.pad(attn_mask, (0, missing))
+        is_real = padded.unflatten(3, (-1, block_k)).any(-1).expand_as(mask)
+    return 1 - ((mask & is_real).sum() / is_real.sum().clamp(min=1)).item()
+
+
+class _KeptBlocks(TorchDispatchMode):
+    """Catches the choice of kept blocks that the op makes inside."""
+
+    kept: Tensor | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.sla2.attention_forward.default:
+            self.kept = out[4]
+        return out

@@ -1,0 +1,125 @@
+"""Decide for every site whether it becomes SLA2, with the reason.
+
+Nothing here may fix a symbolic length: comparing lengths adds a guard at most, and a length that only the run knows
+leaves the site dense.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor
+from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, guard_or_false
+
+from sla2_compile.config import SLA2Config
+from sla2_compile.passes.find_attention import example_value
+from sla2_compile.passes.sites import Site, size_hint
+from sla2_compile.validation import DTYPES, MAX_HEAD_DIM, MIN_HEAD_DIM
+
+
+def decide(sites: list[Site], config: SLA2Config) -> int:
+    """Set verdict, reason and config of every site; how many become SLA2."""
+    for site in sites:
+        not_chosen = _not_chosen(site.name, config)
+        unfit, too_short = _tensor_obstacle(site), None
+        if unfit is None:
+            too_short = _too_short(site, config)
+        obstacle = not_chosen or unfit or too_short or _call_obstacle(site) or _exact_tokens_obstacle(site, config)
+        # Short attention is not what the backend is for, so `strict` minds it only where a pattern names it.
+        site.asked_for = not_chosen is None and (bool(config.include) or too_short is None)
+        if obstacle is None:
+            site.verdict, (site.config, site.reason) = "sla2", _fit_token_grid(site, config)
+        else:
+            site.verdict, site.reason = "dense", obstacle
+    return sum(site.verdict == "sla2" for site in sites)
+
+
+def _not_chosen(name: str, config: SLA2Config) -> str | None:
+    for pattern in config.exclude:
+        if fnmatchcase(name, pattern):
+            return f"excluded by {pattern!r}"
+    if config.include and not any(fnmatchcase(name, pattern) for pattern in config.include):
+        return f"not among include={list(config.include)}"
+    return None
+
+
+def _tensor_obstacle(site: Site) -> str | None:
+    """What about q, k and v the op cannot take."""
+    q, k, v = (example_value(site.arguments[name]) for name in ("query", "key", "value"))
+    if not q.dim() == k.dim() == v.dim() == 4:
+        return f"q, k, v have {q.dim()}, {k.dim()}, {v.dim()} dimensions, expected 4 (batch, heads, tokens, head dim)"
+    if q.dtype not in DTYPES:
+        return f"dtype {q.dtype} is not a floating one that the op takes"
+    if any(free_unbacked_symbols(size) for x in (q, k) for size in x.shape):
+        return "its shape is known only at run time (an unbacked symbol)"
+    dim = q.shape[3]
+    if not isinstance(dim, int) or not MIN_HEAD_DIM <= dim <= MAX_HEAD_DIM:
+        return f"head dim {dim} is outside {MIN_HEAD_DIM} to {MAX_HEAD_DIM}"
+    if not guard_or_false(v.shape[3] == dim):
+        return f"v's head dim {v.shape[3]} differs from q's {dim}"
+    if not guard_or_false(q.shape[0] == k.shape[0]) or not guard_or_false(k.shape[0] == v.shape[0]):
+        return "q, k and v have different batch sizes, which attention broadcasts"
+    if not guard_or_false(k.shape[1] == v.shape[1]):
+        return "k and v have different numbers of heads"
+    if not site.arguments["enable_gqa"] and not guard_or_false(q.shape[1] == k.shape[1]):
+        return "q and k have different numbers of heads, which attention broadcasts"
+    return None
+
+
+def _call_obstacle(site: Site) -> str | None:
+    """What about the call's other arguments the op cannot take."""
+    arguments = site.arguments
+    if isinstance(arguments["dropout_p"], Node) or arguments["dropout_p"] != 0:
+        return "dropout in training"
+    if arguments["is_causal"] is not False:
+        return "causal"
+    if isinstance(arguments["scale"], Node):
+        return "its scale is computed at run time"
+    if arguments["attn_mask"] is None:
+        return None
+    return _mask_obstacle(example_value(arguments["attn_mask"]), site.kv_len)
+
+
+def _mask_obstacle(mask: Tensor, kv_len: Any) -> str | None:
+    if mask.dtype.is_floating_point:
+        return f"an additive mask or bias of shape {_shape(mask)}"
+    is_padding = mask.dim() == 4 and guard_or_false(mask.shape[1] == 1) and guard_or_false(mask.shape[2] == 1)
+    if not is_padding or not guard_or_false(mask.shape[3] == kv_len):
+        return f"a mask of shape {_shape(mask)}; expected one for the keys alone, (batch, 1, 1, keys)"
+    return None
+
+
+def _too_short(site: Site, config: SLA2Config) -> str | None:
+    q_len, kv_len = site.q_shape[2], site.kv_len
+    if not guard_or_false(kv_len >= config.min_seq_len):
+        kind = "cross-attention to " if size_hint(q_len) > size_hint(kv_len) else ""
+        return f"{kind}{size_hint(kv_len)} keys, fewer than min_seq_len={config.min_seq_len}"
+    if not guard_or_false(q_len >= config.min_seq_len):
+        return f"{size_hint(q_len)} queries, fewer than min_seq_len={config.min_seq_len}"
+    return None
+
+
+def _exact_tokens_obstacle(site: Site, config: SLA2Config) -> str | None:
+    exact = config.exact_prefix + config.exact_suffix
+    if exact and not guard_or_false(site.kv_len >= exact):
+        return f"{size_hint(site.kv_len)} keys, fewer than the {exact} tokens of exact_prefix and exact_suffix"
+    return None
+
+
+def _fit_token_grid(site: Site, config: SLA2Config) -> tuple[SLA2Config, str]:
+    """The config for this site, without a token grid that is not this sequence's; and the reason to show."""
+    if config.token_grid is None:
+        return config, "eligible"
+    t, h, w = config.token_grid
+    length = t * h * w + config.exact_prefix + config.exact_suffix
+    if guard_or_false(site.q_shape[2] == length) and guard_or_false(site.kv_len == length):
+        return config, f"eligible, in tiles of the {t} x {h} x {w} grid"
+    note = f"eligible, in raster order: token_grid {t} x {h} x {w} is not the grid of {size_hint(site.kv_len)} tokens"
+    return dataclasses.replace(config, token_grid=None), note
+
+
+def _shape(x: Tensor) -> tuple[int, ...]:
+    return tuple(size_hint(size) for size in x.shape)

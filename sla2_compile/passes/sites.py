@@ -1,0 +1,90 @@
+"""`Site`: one attention of a model, what was decided about it and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch.fx import GraphModule, Node
+
+from sla2_compile.config import SLA2Config
+from sla2_compile.kernels.blocks import delivered_sparsity, exact_query_blocks, max_kept_blocks, num_blocks
+
+Verdict = Literal["sla2", "dense"]
+
+
+@dataclass
+class Site:
+    """One call of scaled dot product attention in a traced graph.
+
+    Args:
+        name: path of the module that owns the call (`blocks.0.attn1`); `#1` and so on for its further calls.
+        owner: the graph that holds `node`.
+        node: the attention node; after the rewrite, the one that replaced it.
+        arguments: its arguments by the names of F.scaled_dot_product_attention, nodes and constants.
+        q_shape: (B, H, N, D) of the queries, plain or symbolic integers; of another rank where it is no batch of heads.
+        kv_len: number of keys.
+        verdict: "sla2" or "dense"; "dense" until `decide` has seen it.
+        reason: why, in plain words.
+        asked_for: the config names it or it is long enough, so `strict` insists on it.
+        config: what it is converted with; differs from the user's where a setting does not apply here.
+    """
+
+    name: str
+    owner: GraphModule
+    node: Node
+    arguments: dict[str, Any]
+    q_shape: tuple[Any, ...]
+    kv_len: Any
+    verdict: Verdict = "dense"
+    reason: str = "not looked at"
+    asked_for: bool = False
+    config: SLA2Config | None = None
+
+    @property
+    def requested_sparsity(self) -> float:
+        """What the config asks for; 0 where the site stays dense."""
+        return self.config.sparsity if self.config is not None and self.verdict == "sla2" else 0.0
+
+    @property
+    def delivered_sparsity(self) -> float:
+        """Fraction of block pairs that skip the exact branch, after rounding and exact tokens; 0 where dense."""
+        if self.config is None or self.verdict == "dense":
+            return 0.0
+        return delivered_sparsity(size_hint(self.q_shape[2]), size_hint(self.kv_len), self.config)
+
+    @property
+    def flops_dense(self) -> int:
+        """Multiplications and additions of Q K^T and P V over all keys."""
+        if len(self.q_shape) != 4:
+            return 0
+        batch, heads, q_len, dim = map(size_hint, self.q_shape)
+        return 4 * batch * heads * q_len * size_hint(self.kv_len) * dim
+
+    @property
+    def flops_sla2(self) -> int:
+        """The same for the router, the kept blocks and the tail; `flops_dense` where the site stays dense."""
+        if self.config is None or self.verdict == "dense":
+            return self.flops_dense
+        config, (batch, heads, q_len, dim) = self.config, map(size_hint, self.q_shape)
+        kv_len = size_hint(self.kv_len)
+        rows, total = num_blocks(q_len, config.block_q), num_blocks(kv_len, config.block_k)
+        exact = config.exact_prefix, config.exact_suffix
+        all_rows = exact_query_blocks(q_len, kv_len, config.block_q, *exact).count
+        slots = max_kept_blocks(kv_len, config.block_k, config.sparsity_units, *exact)
+        pairs = all_rows * total + (rows - all_rows) * slots
+        sparse = 4 * pairs * config.block_q * config.block_k * dim
+        router = 2 * rows * total * dim
+        pooled = 4 * q_len * total * dim
+        linear = 4 * (q_len + kv_len) * dim * dim + (pooled // 2 if config.mixing == "row" else 0)
+        tail = pooled if config.tail == "pooled" else linear
+        # Padding of the last blocks can make tiny or exact sites exceed dense attention; the estimate says so.
+        return batch * heads * (sparse + router + tail)
+
+
+def size_hint(size: Any) -> int:
+    """A plain integer for a size that may be symbolic: the one it was traced with."""
+    if isinstance(size, int):
+        return size
+    hint = size.node.hint
+    return int(hint) if hint is not None else 0
