@@ -1,6 +1,6 @@
 """Decide for every site whether it becomes SLA2, with the reason.
 
-Nothing here may fix a symbolic length: comparing lengths adds a guard at most, and a length that only the run knows
+Nothing here fixes a symbolic length: comparing lengths adds a guard at most, and a length that only the run knows
 leaves the site dense.
 """
 
@@ -55,11 +55,12 @@ def _tensor_obstacle(site: Site) -> str | None:
         return f"dtype {q.dtype} is not a floating one that the op takes"
     if any(free_unbacked_symbols(size) for x in (q, k) for size in x.shape):
         return "its shape is known only at run time (an unbacked symbol)"
-    dim = q.shape[3]
-    if not isinstance(dim, int) or not MIN_HEAD_DIM <= dim <= MAX_HEAD_DIM:
+    # A head dim belongs to the model, not to the input: fixing a symbolic one is right, unlike a length.
+    dim = int(q.shape[3])
+    if not MIN_HEAD_DIM <= dim <= MAX_HEAD_DIM:
         return f"head dim {dim} is outside {MIN_HEAD_DIM} to {MAX_HEAD_DIM}"
-    if not guard_or_false(v.shape[3] == dim):
-        return f"v's head dim {v.shape[3]} differs from q's {dim}"
+    if int(v.shape[3]) != dim:
+        return f"v's head dim {int(v.shape[3])} differs from q's {dim}"
     if not guard_or_false(q.shape[0] == k.shape[0]) or not guard_or_false(k.shape[0] == v.shape[0]):
         return "q, k and v have different batch sizes, which attention broadcasts"
     if not guard_or_false(k.shape[1] == v.shape[1]):
