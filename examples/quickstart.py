@@ -139,7 +139,7 @@ def main() -> None:
     delivered = [s["delivered_sparsity"] for s in report.to_dict()["sites"] if s["verdict"] == "sla2"]
     print(
         f"\nplain Inductor        {dense_seconds:8.2f} s"
-        f"\nbackend=sla2        {sla2_seconds:8.2f} s"
+        f"\nbackend=sla2          {sla2_seconds:8.2f} s"
         f"\nratio                 {dense_seconds / sla2_seconds:8.2f} x"
         f"\ndelivered sparsity    {100 * sum(delivered) / max(len(delivered), 1):8.2f} %  "
         f"({len(delivered)} sites; requested {100 * args.sparsity:g} %)"

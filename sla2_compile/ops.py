@@ -7,13 +7,15 @@ construction that torch.func, torch.compile, checkpointing and torch.export all 
 
 from __future__ import annotations
 
+import functools
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sla2_compile.kernels import blocked, blocked_backward
 from sla2_compile.kernels.blocks import num_blocks
+from sla2_compile.kernels.dispatch import backward_of, forward_of
 from sla2_compile.kernels.reference import interpolate_logit
 from sla2_compile.kernels.settings import Settings, empty_output, empty_saved
 from sla2_compile.validation import check_attention_arguments
@@ -50,13 +52,15 @@ def _settings(values: tuple[Any, ...]) -> Settings:
 
 # The precision of every step is the implementation's own choice, so autocast must not reach inside.
 def _forward(*args: Any) -> tuple[Tensor, ...]:
-    with torch.autocast(args[0].device.type, enabled=False):
-        return blocked.forward(*args[:9], _settings(args[9:]))
+    device = args[0].device
+    with torch.autocast(device.type, enabled=False):
+        return forward_of(device)(*args[:9], _settings(args[9:]))
 
 
 def _backward(*args: Any) -> tuple[Tensor, ...]:
-    with torch.autocast(args[0].device.type, enabled=False):
-        return blocked_backward.backward(*args[:12], _settings(args[12:]))
+    device = args[0].device
+    with torch.autocast(device.type, enabled=False):
+        return backward_of(device)(*args[:12], _settings(args[12:]))
 
 
 def _forward_fake(q: Tensor, k: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -81,7 +85,6 @@ for _name, _kernel, _fake in (
 ):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"sla2::{_name}", _fake, lib=_library)
-
 
 
 def _register_vmap(op: Any, mask_index: int, batched: tuple[int, ...]) -> None:
@@ -177,6 +180,14 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x if x.dtype == torch.float64 or not x.is_floating_point() else x.to(dtype) for x in tensors)
 
 
+@functools.cache
+def _register_sharding_rules() -> None:
+    # Importing DTensor takes half a second, so it waits until the program has done so.
+    from sla2_compile.sharding import register_sharding_rules
+
+    register_sharding_rules()
+
+
 def attention_implementation(
     q: Tensor,
     k: Tensor,
@@ -201,10 +212,13 @@ def attention_implementation(
     exact_prefix: int = 0,
     exact_suffix: int = 0,
 ) -> Tensor:
+    if "torch.distributed.tensor" in sys.modules:
+        _register_sharding_rules()
     q, k, v = _autocast(q, k, v)
     check_attention_arguments(
         q, k, v, attn_mask, proj_q, proj_k, alpha_logit, alpha_gain,
-        enable_gqa=enable_gqa, mixing=mixing, token_grid=token_grid, exact_prefix=exact_prefix, exact_suffix=exact_suffix,
+        enable_gqa=enable_gqa, mixing=mixing, token_grid=token_grid,
+        exact_prefix=exact_prefix, exact_suffix=exact_suffix, number_formats=(qk_format, pv_format),
     )  # fmt: skip
     statistics = torch.promote_types(q.dtype, torch.float32)
     if alpha_logit is not None:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sla2_compile.kernels.dispatch import missing_for_format
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
 
@@ -26,6 +28,7 @@ def check_attention_arguments(
     token_grid: Sequence[int] | None,
     exact_prefix: int,
     exact_suffix: int,
+    number_formats: tuple[str | None, str | None],
 ) -> None:
     """Raise ValueError or TypeError if the arguments of `sla2::attention` do not fit each other."""
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -36,6 +39,7 @@ def check_attention_arguments(
     _check_mask(q, k, attn_mask)
     _check_learned(q, proj_q, proj_k, alpha_logit, alpha_gain, mixing)
     _check_exact_tokens(q, k, token_grid, exact_prefix, exact_suffix)
+    _check_formats(q, *number_formats)
 
 
 def _check_dtypes(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -47,7 +51,9 @@ def _check_dtypes(q: Tensor, k: Tensor, v: Tensor) -> None:
         if x.device != q.device:
             raise ValueError(f"{name}: expected q's device {q.device}, got {x.device}; move it")
     if q.dtype == torch.float64 and q.device.type not in ("cpu", "meta"):
-        raise TypeError(f"q: expected float32, bfloat16 or float16 on {q.device.type}, got float64; convert it to float32")
+        raise TypeError(
+            f"q: expected float32, bfloat16 or float16 on {q.device.type}, got float64; convert it to float32"
+        )
 
 
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> None:
@@ -100,7 +106,9 @@ def _check_learned(
     for name, x in (("proj_q", proj_q), ("proj_k", proj_k)):
         if x is not None and tuple(x.shape) != (dim, dim):
             raise ValueError(f"router: expected {name} of shape {(dim, dim)}, got {tuple(x.shape)}")
-    if alpha_logit is not None and (alpha_logit.dim() != 2 or alpha_logit.shape[0] != heads or alpha_logit.shape[1] < 1):
+    if alpha_logit is not None and (
+        alpha_logit.dim() != 2 or alpha_logit.shape[0] != heads or alpha_logit.shape[1] < 1
+    ):
         raise ValueError(
             f"alpha_logit: expected ({heads}, M) with M >= 1 query blocks, got {tuple(alpha_logit.shape)}; "
             "(H, 1) is one value per head"
@@ -129,3 +137,19 @@ def _check_exact_tokens(
             f"got {tuple(token_grid)} ({grid_size} tokens) + {exact_prefix} + {exact_suffix} for {q.shape[2]} queries "
             f"and {kv_len} keys; pass the grid of this sequence or None"
         )
+
+
+def _check_formats(q: Tensor, qk_format: str | None, pv_format: str | None) -> None:
+    for name, number_format, choices in (("qk_format", qk_format, ("int8", "fp8")), ("pv_format", pv_format, ("fp8",))):
+        if number_format is None:
+            continue
+        if number_format not in choices:
+            raise ValueError(f"{name}: expected None or one of {', '.join(map(repr, choices))}, got {number_format!r}")
+        problem = missing_for_format(number_format, q.device)
+        if problem is not None:
+            possible = [
+                str(choice) for choice in (None, *choices) if missing_for_format(choice or "", q.device) is None
+            ]
+            raise ValueError(
+                f"{name}: expected one of {', '.join(possible)} on {q.device}, got {number_format!r}: {problem}"
+            )

@@ -152,7 +152,7 @@ def tail_is_empty(bias: Tensor) -> Tensor:
 def mixing_weight(
     sparse_lse: Tensor, tail_lse: Tensor, no_tail: Tensor, logit: Tensor | None, gain: Tensor | None
 ) -> Tensor:
-    """The weight a of the sparse branch: lse (R, block_q), no_tail (R, 1), logit (R, 1); gain () or None for block mixing."""
+    """The sparse branch's weight a: lse (R, block_q), no_tail (R, 1), logit (R, 1), gain () or None for block mixing."""
     # Clamping keeps an empty branch from making inf - inf; its weight is set below.
     z = torch.zeros_like(sparse_lse) if logit is None else logit.to(sparse_lse.dtype).expand_as(sparse_lse)
     if gain is not None:

@@ -1,6 +1,6 @@
 """Gradients of SLA2 attention in ATen (Algorithm 3 of the paper), over the same chunks as `blocked.py`.
 
-With s_i = dO_i . O_s,i and d_i = dO_i . O_i per row, gain g (0 for block mixing) and weight a, every branch's gradient is
+With s_i = dO_i . O_s,i and d_i = dO_i . O_i per row, gain g (0 for block mixing) and weight a, the gradients are
 
     dS_ij = a P_ij (dO_i . v_j - d_i - (s_i - d_i)(1 - g))                       kept keys
     dt_ij = R_ij ((1 - a)(dO_i . v_bar_j - d_i) + a (s_i - d_i)(1 - g))          pooled tail
@@ -15,7 +15,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sla2_compile.kernels.blocked import (
@@ -226,7 +225,8 @@ def _linear_gradient(
     # (1 - a) dO . O_l = d - a s
     d_weight = -torch.where(no_tail[..., None], 0, row.d - a * row.s) / weight
     in_tail = (~block_mask).to(phi_q.dtype)
-    assert grads.h is not None and grads.z is not None
+    assert grads.h is not None
+    assert grads.z is not None
     grads.h += (in_tail.mT @ (phi_q.mT @ d_numerator).flatten(1)).view_as(grads.h)
     grads.z += in_tail.mT @ (phi_q.mT @ d_weight)[..., 0]
     d_phi = d_numerator @ state.mT + d_weight * normalizer[:, None]
@@ -248,7 +248,8 @@ def _collect(
     dk = grads.k + share * grads.k_bar[:, None]
     dv = grads.v + share * grads.v_bar[:, None]
     if linear is not None:
-        assert grads.h is not None and grads.z is not None
+        assert grads.h is not None
+        assert grads.z is not None
         k, v = (at_least_float32(x).view_as(dk) for x in (head.k, head.v))
         d_phi = (v @ grads.h.mT + grads.z[:, None]) * head.real
         dk += _feature_map_gradient(k, d_phi, settings.feature_map)

@@ -25,7 +25,7 @@ def route(
     Returns:
         (B, H, M, 1 + slots) int32, as `settings.empty_saved` describes; slots past the count hold 0.
     """
-    batch, heads, q_len, _ = q.shape
+    heads, q_len = q.shape[1:3]
     num_keys = k_bar.shape[2]
     size = block_sums(q.new_ones(q_len, 1), settings.block_q)  # (M, 1) tokens of each query block
     q_bar = block_sums(q, settings.block_q) / size

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from typing import Literal
 
 import torch
+from torch import Tensor
+
+from sla2_compile.kernels import blocked, blocked_backward
 
 Implementation = Literal["triton", "blocked"]
 
@@ -13,6 +17,24 @@ Implementation = Literal["triton", "blocked"]
 def implementation(device: torch.device) -> Implementation:
     """ "triton": fused kernels, for CUDA with Triton installed. "blocked": ATen in blocks, on any device."""
     return "triton" if device.type == "cuda" and missing_for_triton(device) is None else "blocked"
+
+
+def forward_of(device: torch.device) -> Callable[..., tuple[Tensor, ...]]:
+    """The implementation of `sla2::attention_forward` on a device."""
+    if implementation(device) == "blocked":
+        return blocked.forward
+    from sla2_compile.kernels import triton_forward
+
+    return triton_forward.forward
+
+
+def backward_of(device: torch.device) -> Callable[..., tuple[Tensor, ...]]:
+    """The implementation of `sla2::attention_backward` on a device."""
+    if implementation(device) == "blocked":
+        return blocked_backward.backward
+    from sla2_compile.kernels import triton_backward
+
+    return triton_backward.backward
 
 
 def missing_for_triton(device: torch.device) -> str | None:

@@ -58,7 +58,7 @@ def attention(
     k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
     real = real[:, None]  # (B, 1, N_kv)
     k = smooth_keys(k, real)
-    k_bar, v_bar, n = block_means(k, real, config.block_k), block_means(v, real, config.block_k), None
+    k_bar, v_bar = (block_means(x, real, config.block_k) for x in (k, v))
     n = block_sums(real.to(q.dtype)[..., None], config.block_k)[..., 0]  # (B, 1, T) real tokens per block
     if block_mask is None:
         block_mask = _route(q, k_bar, n, scale, router, kv_len, config)
@@ -195,7 +195,8 @@ def block_means(x: Tensor, real: Tensor, block_size: int) -> Tensor:
 
 def quantize_blocks(x: Tensor, block_size: int, number_format: str) -> Tensor:
     """`x` (..., N, D) as it is after low-bit storage with one scale per block of tokens."""
-    return quantize_dequantize(split_blocks(x, block_size), number_format, (-2, -1)).flatten(-3, -2)[..., : x.shape[-2], :]
+    rounded = quantize_dequantize(split_blocks(x, block_size), number_format, (-2, -1))
+    return rounded.flatten(-3, -2)[..., : x.shape[-2], :]
 
 
 def feature_map(x: Tensor, name: str) -> Tensor:

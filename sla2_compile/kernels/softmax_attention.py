@@ -1,4 +1,4 @@
-"""Softmax attention over a batch of small dense problems with its log-sum-exp: the blocked implementation's inner step."""
+"""Softmax attention over a batch of small dense problems, with its log-sum-exp: the inner step of `blocked.py`."""
 
 from __future__ import annotations
 
@@ -31,9 +31,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scal
     return _explicit(q, k, v, bias, scale, None)
 
 
-def sparse_branch(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, settings: Settings
-) -> tuple[Tensor, Tensor]:
+def sparse_branch(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, settings: Settings) -> tuple[Tensor, Tensor]:
     """`softmax_attention` at the precision the settings ask for; v comes already rounded to its format."""
     if settings.qk_format is None and settings.pv_format is None:
         return softmax_attention(q, k, v, bias, settings.scale)
