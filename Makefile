@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format bench-cpu clean
+.PHONY: help demo test test-all lint format bench bench-model bench-cpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -41,6 +41,12 @@ lint: $(VENV)/dev.stamp ## ruff and mypy
 format: $(VENV)/dev.stamp ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench: $(VENV)/dev.stamp ## time, stages and memory of the op against dense attention on this GPU (about five minutes)
+	$(BIN)/python -m benchmarks.attention $(ARGS)
+
+bench-model: $(VENV)/dev.stamp ## time and memory of one Wan2.1-1.3B denoising step on this GPU (under ten minutes)
+	$(BIN)/python -m benchmarks.model $(ARGS)
 
 bench-cpu: $(VENV)/dev.stamp ## time and memory of the op against dense attention on this CPU
 	$(BIN)/python benchmarks/cpu_attention.py

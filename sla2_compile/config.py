@@ -7,9 +7,9 @@ The fields are also the keys of ``torch.compile(model, backend="sla2", options={
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 FeatureMap = Literal["softmax", "elu", "relu"]
 QKFormat = Literal["int8", "fp8"]
@@ -20,6 +20,8 @@ Mixing = Literal["row", "block"]
 # Sparsity is carried through the op as an integer number of these, so that the number of kept blocks is exact integer
 # arithmetic for plain and for symbolic lengths alike.
 SPARSITY_UNIT = 1_000_000
+
+_BLOCK_SIZES = (16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,8 @@ class SLA2Config:
         min_seq_len: the backend leaves attention over fewer tokens dense.
         exact_prefix: tokens at the start of the sequence that stay exact (text).
         exact_suffix: tokens at its end that stay exact.
+        infer_layout: where exact_prefix and exact_suffix are 0, or token_grid is None, take what the graph shows: the
+            length of the text that is joined with a video or picture, and the grid its tokens come from.
         include: patterns (fnmatch) of site names to convert; empty means all.
         exclude: patterns of site names to leave dense.
         strict: raise where a site that was asked for cannot be converted, instead of leaving it dense.
@@ -61,22 +65,25 @@ class SLA2Config:
     min_seq_len: int = 2048
     exact_prefix: int = 0
     exact_suffix: int = 0
+    infer_layout: bool = True
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     strict: bool = False
 
     def __post_init__(self) -> None:
-        _check_number(self, "sparsity", "a fraction in [0, 1)", lambda x: 0 <= x < 1, "0.97 skips 97 % of the blocks")
+        _check_sparsity(self.sparsity)
         for name in ("block_q", "block_k"):
-            _check_int(self, name, "a power of two from 16 to 256", lambda x: x in (16, 32, 64, 128, 256))
-        for name in ("min_seq_len", "exact_prefix", "exact_suffix"):
-            _check_int(self, name, "an integer >= 0", lambda x: x >= 0)
-        _check_choice(self, "feature_map", get_args(FeatureMap))
-        _check_choice(self, "qk_format", (None, *get_args(QKFormat)))
-        _check_choice(self, "pv_format", (None, *get_args(PVFormat)))
-        _check_choice(self, "tail", get_args(Tail))
-        _check_choice(self, "mixing", get_args(Mixing))
-        _check_choice(self, "strict", (False, True))
+            _check_int(self, name, "a power of two from 16 to 256", _BLOCK_SIZES, "the defaults are 128 and 64")
+        _check_int(self, "min_seq_len", "an integer >= 0", None, "0 converts attention of any length")
+        for name in ("exact_prefix", "exact_suffix"):
+            _check_int(self, name, "an integer >= 0", None, "0 keeps no token exact")
+        _check_choice(self, "feature_map", get_args(FeatureMap), "the paper's is 'softmax'")
+        _check_choice(self, "qk_format", (None, *get_args(QKFormat)), "None computes in the inputs' own format")
+        _check_choice(self, "pv_format", (None, *get_args(PVFormat)), "None computes in the inputs' own format")
+        _check_choice(self, "tail", get_args(Tail), "the default is 'pooled', the paper's is 'linear'")
+        _check_choice(self, "mixing", get_args(Mixing), "the default is 'row', the paper's is 'block'")
+        _check_choice(self, "strict", (False, True), "True raises where a site cannot be converted")
+        _check_choice(self, "infer_layout", (False, True), "False takes only what is given")
         for name in ("include", "exclude"):
             object.__setattr__(self, name, _as_patterns(name, getattr(self, name)))
         object.__setattr__(self, "token_grid", _as_grid(self.token_grid))
@@ -84,13 +91,15 @@ class SLA2Config:
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None) -> SLA2Config:
         """The config for torch.compile's ``options``; an unknown key is a ValueError that lists the known ones."""
+        if options is not None and not isinstance(options, Mapping):
+            _fail(TypeError, "options", "a mapping of settings", options, 'for example {"sparsity": 0.97}')
         options = dict(options or {})
         known = [field.name for field in dataclasses.fields(cls)]
-        unknown = sorted(set(options) - set(known))
+        unknown = sorted(set(options) - set(known), key=str)
         if unknown:
             raise ValueError(
                 f"options: unknown key{'s' if len(unknown) > 1 else ''} {', '.join(map(repr, unknown))}; "
-                f"expected any of {', '.join(known)}. Inductor's own settings are chosen with mode=..."
+                f"expected any of {', '.join(known)}; Inductor's own settings are chosen with mode=..."
             )
         return cls(**options)
 
@@ -100,43 +109,45 @@ class SLA2Config:
         return round(self.sparsity * SPARSITY_UNIT)
 
 
-def _fail(kind: type[Exception], name: str, expected: str, got: object, remedy: str = "") -> None:
-    raise kind(f"{name}: expected {expected}, got {got!r}{'; ' + remedy if remedy else ''}")
+def _fail(kind: type[Exception], name: str, expected: str, got: object, remedy: str) -> NoReturn:
+    raise kind(f"{name}: expected {expected}, got {got!r}; {remedy}")
 
 
-def _check_number(config: SLA2Config, name: str, expected: str, valid: Any, remedy: str) -> None:
-    value = getattr(config, name)
+def _check_sparsity(value: Any) -> None:
+    expected, remedy = "a fraction in [0, 1)", "0.97 skips 97 % of the blocks"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
+        _fail(TypeError, "sparsity", expected, value, remedy)
+    if not 0 <= value < 1:
+        _fail(ValueError, "sparsity", expected, value, remedy)
+
+
+def _check_int(config: SLA2Config, name: str, expected: str, choices: tuple[int, ...] | None, remedy: str) -> None:
+    value = getattr(config, name)
+    if isinstance(value, bool) or not isinstance(value, int):
         _fail(TypeError, name, expected, value, remedy)
-    if not valid(value):
+    if value < 0 if choices is None else value not in choices:
         _fail(ValueError, name, expected, value, remedy)
 
 
-def _check_int(config: SLA2Config, name: str, expected: str, valid: Any) -> None:
-    value = getattr(config, name)
-    if isinstance(value, bool) or not isinstance(value, int):
-        _fail(TypeError, name, expected, value)
-    if not valid(value):
-        _fail(ValueError, name, expected, value)
-
-
-def _check_choice(config: SLA2Config, name: str, choices: tuple[Any, ...]) -> None:
+def _check_choice(config: SLA2Config, name: str, choices: tuple[Any, ...], remedy: str) -> None:
     value = getattr(config, name)
     if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
-        _fail(ValueError, name, f"one of {', '.join(map(repr, choices))}", value)
+        _fail(ValueError, name, f"one of {', '.join(map(repr, choices))}", value, remedy)
 
 
 def _as_patterns(name: str, value: Any) -> tuple[str, ...]:
-    patterns = (value,) if isinstance(value, str) else tuple(value)
+    patterns = (value,) if isinstance(value, str) or not isinstance(value, Iterable) else tuple(value)
     if not all(isinstance(pattern, str) for pattern in patterns):
-        _fail(TypeError, name, "site-name patterns such as 'blocks.*.attn1'", value)
+        _fail(TypeError, name, "site-name patterns", value, "for example ('blocks.*.attn1',)")
     return patterns
 
 
 def _as_grid(value: Any) -> tuple[int, int, int] | None:
     if value is None:
         return None
-    grid = tuple(value)
-    if len(grid) != 3 or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in grid):
-        _fail(ValueError, "token_grid", "three positive integers (frames, height, width)", value)
-    return grid
+    if isinstance(value, (tuple, list)) and len(value) == 3:
+        frames, height, width = value
+        if all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in value):
+            return frames, height, width
+    expected = "three positive integers (frames, height, width)"
+    _fail(ValueError, "token_grid", expected, value, "count tokens, after patching; None keeps the model's order")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sla2_compile.config import SLA2Config
 from sla2_compile.ops import attention_implementation
+from sla2_compile.validation import check_types
 
 
 def attention(
@@ -47,9 +48,21 @@ def attention(
 
     Source: arXiv 2602.12675, equations 5 to 16; tail "pooled" and mixing "row" are this project's own.
     """
+    check_types(
+        q,
+        k,
+        v,
+        attn_mask=attn_mask,
+        scale=scale,
+        enable_gqa=enable_gqa,
+        router=router,
+        alpha_logit=alpha_logit,
+        alpha_gain=alpha_gain,
+        config=config,
+    )
     proj_q, proj_k = (None, None) if router is None else router
-    # torch.func transforms must see the autograd.Function itself; everyone else sees one operator.
-    transformed = torch._C._are_functorch_transforms_active()
+    # torch.func transforms must see the autograd.Function itself; everyone else, Dynamo too, sees one operator.
+    transformed = torch._C._are_functorch_transforms_active() and not torch.compiler.is_dynamo_compiling()
     call = attention_implementation if transformed else torch.ops.sla2.attention
     return call(
         q,

@@ -18,7 +18,7 @@ from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.dispatch import backward_of, forward_of
 from sla2_compile.kernels.reference import interpolate_logit
 from sla2_compile.kernels.settings import Settings, empty_output, empty_saved
-from sla2_compile.validation import check_attention_arguments
+from sla2_compile.validation import check_attention_arguments, check_settings
 
 _SETTINGS = (
     "float scale, int sparsity_units, int block_q, int block_k, str feature_map, str? qk_format, str? pv_format, "
@@ -73,7 +73,7 @@ def _backward_fake(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any
     kept = args[7]
     statistics = torch.promote_types(q.dtype, torch.float32)
     return (
-        *(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)),
+        *(empty_output(x) for x in (q, k, v)),
         q.new_empty(kept.shape[:3], dtype=statistics),
         q.new_empty(kept.shape[:2], dtype=statistics),
     )
@@ -215,6 +215,11 @@ def attention_implementation(
     if "torch.distributed.tensor" in sys.modules:
         _register_sharding_rules()
     q, k, v = _autocast(q, k, v)
+    check_settings(
+        sparsity_units=sparsity_units, token_grid=token_grid, exact_prefix=exact_prefix, exact_suffix=exact_suffix,
+        block_q=block_q, block_k=block_k, feature_map=feature_map, qk_format=qk_format, pv_format=pv_format,
+        tail=tail, mixing=mixing,
+    )  # fmt: skip
     check_attention_arguments(
         q, k, v, attn_mask, proj_q, proj_k, alpha_logit, alpha_gain,
         enable_gqa=enable_gqa, mixing=mixing, token_grid=token_grid,
@@ -223,8 +228,8 @@ def attention_implementation(
     statistics = torch.promote_types(q.dtype, torch.float32)
     if alpha_logit is not None:
         alpha_logit = interpolate_logit(alpha_logit.to(statistics), num_blocks(q.shape[2], block_q))
-    if mixing == "row":
-        alpha_gain = q.new_ones(q.shape[1], dtype=statistics) if alpha_gain is None else alpha_gain.to(statistics)
+    if alpha_gain is not None:
+        alpha_gain = alpha_gain.to(statistics)
     differentiable = (q, k, v, alpha_logit, alpha_gain)
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiable)
     return _Attention.apply(

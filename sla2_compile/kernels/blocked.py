@@ -14,8 +14,14 @@ from torch import Tensor
 
 from sla2_compile.kernels.blocked_routing import kept_block_mask, route
 from sla2_compile.kernels.blocks import num_blocks
-from sla2_compile.kernels.reference import at_least_float32, block_sums, feature_map, split_blocks
-from sla2_compile.kernels.settings import Settings, empty_output, empty_saved
+from sla2_compile.kernels.reference import (
+    MIN_LINEAR_WEIGHT,
+    at_least_float32,
+    block_sums,
+    feature_map,
+    split_blocks,
+)
+from sla2_compile.kernels.settings import Settings, empty_output, empty_saved, row_gain
 from sla2_compile.kernels.softmax_attention import softmax_attention, sparse_branch
 from sla2_compile.kernels.token_order import tile_order
 from sla2_compile.quant.formats import quantize_dequantize
@@ -64,6 +70,10 @@ class KeyHead:
     bias: Tensor | None  # (T, block_k) 0 where the key is real, else -inf; None: all are real
     log_n: Tensor  # (T,) log of the real tokens
     real: Tensor  # (T, block_k, 1) 1 where the key is real, else 0, in the statistics' dtype
+
+    def pooled(self) -> tuple[Tensor, Tensor]:
+        """k_bar and v_bar in the inputs' dtype, as the tail attends to them; only the router needs more."""
+        return self.k_bar.to(self.k.dtype), self.v_bar.to(self.v.dtype)
 
 
 def key_head(inputs: Inputs, b: int, h: int, settings: Settings) -> KeyHead:
@@ -152,7 +162,7 @@ def tail_is_empty(bias: Tensor) -> Tensor:
 def mixing_weight(
     sparse_lse: Tensor, tail_lse: Tensor, no_tail: Tensor, logit: Tensor | None, gain: Tensor | None
 ) -> Tensor:
-    """The sparse branch's weight a: lse (R, block_q), no_tail (R, 1), logit (R, 1), gain () or None for block mixing."""
+    """The sparse branch's weight a: lse (R, block_q), no_tail (R, 1), logit (R, 1), gain () or None: block mixing."""
     # Clamping keeps an empty branch from making inf - inf; its weight is set below.
     z = torch.zeros_like(sparse_lse) if logit is None else logit.to(sparse_lse.dtype).expand_as(sparse_lse)
     if gain is not None:
@@ -173,6 +183,12 @@ class LinearBlocks:
         """H (R, D, D) and Z (R, D) of the blocks that each row of `block_mask` (R, T) does not keep."""
         in_tail = (~block_mask).to(self.h.dtype)
         return (in_tail @ self.h.flatten(1)).view(-1, *self.h.shape[1:]), in_tail @ self.z
+
+    @staticmethod
+    def row_weight(phi_q: Tensor, normalizer: Tensor) -> Tensor:
+        """phi(q) . Z (R, block_q, 1) to divide by: infinite where it is too small to mean anything."""
+        weight = phi_q @ normalizer[..., None]
+        return torch.where(weight > MIN_LINEAR_WEIGHT, weight, torch.inf)
 
 
 def linear_blocks(head: KeyHead, settings: Settings) -> LinearBlocks:
@@ -206,6 +222,7 @@ def forward(
     sparse_lse, tail_lse, kept = empty_saved(q, k, settings)
     if q.numel() == 0 or k.shape[2] == 0:
         return out.zero_(), sparse_out.zero_(), sparse_lse.zero_(), tail_lse.zero_(), kept.zero_()
+    alpha_gain = row_gain(q, alpha_gain, settings)
     inputs = visit(q, k, v, attn_mask, settings)
     group = q.shape[1] // k.shape[1]
     for b in range(q.shape[0]):
@@ -254,7 +271,7 @@ def forward(
 
 def _pooled_tail(q: Tensor, head: KeyHead, bias: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
     """Attention of the rows (R, block_q, D) to the blocks' means, with bias (R, 1, T): (R, block_q, D) and its lse."""
-    k_bar, v_bar = (x.to(q.dtype).expand(len(q), -1, -1) for x in (head.k_bar, head.v_bar))
+    k_bar, v_bar = (x.expand(len(q), -1, -1) for x in head.pooled())
     return softmax_attention(q, k_bar, v_bar, bias, settings.scale)
 
 
@@ -282,8 +299,7 @@ def _forward_rows(
     if linear is not None:
         state, normalizer = linear.outside(block_mask)
         phi_q = feature_map(at_least_float32(q), settings.feature_map)
-        weight = phi_q @ normalizer[..., None]
-        tail_out = phi_q @ state / torch.where(weight > 0, weight, 1)
+        tail_out = phi_q @ state / linear.row_weight(phi_q, normalizer)
     no_tail = tail_is_empty(bias)
     a = mixing_weight(sparse_lse, tail_lse, no_tail, logit, gain)[..., None]
     assert tail_out is not None

@@ -33,7 +33,7 @@ from sla2_compile.kernels.blocked import (
 )
 from sla2_compile.kernels.blocked_routing import kept_block_mask
 from sla2_compile.kernels.reference import at_least_float32, feature_map
-from sla2_compile.kernels.settings import Settings
+from sla2_compile.kernels.settings import Settings, empty_output, row_gain
 
 
 @dataclass
@@ -79,12 +79,13 @@ def backward(
     settings: Settings,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv in the shapes and dtypes of q, k, v; per batch element d logit (B, H, M) and d gain (B, H)."""
-    dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    dq, dk, dv = (empty_output(x).zero_() for x in (q, k, v))
     statistics = torch.promote_types(q.dtype, torch.float32)
     d_logit = q.new_zeros(kept.shape[:3], dtype=statistics)
     d_gain = q.new_zeros(q.shape[:2], dtype=statistics)
     if q.numel() == 0 or k.shape[2] == 0:
         return dq, dk, dv, d_logit, d_gain
+    alpha_gain = row_gain(q, alpha_gain, settings)
     inputs = visit(q, k, v, attn_mask, settings)
     q_len, dim = q.shape[2:]
     group = q.shape[1] // k.shape[1]
@@ -181,7 +182,7 @@ def _sparse_gradient(
     if bias is not None:
         scores = scores + bias
     lse = torch.where(row.sparse_lse.isfinite(), row.sparse_lse, torch.inf)  # a row with no key has no gradient
-    probs = a * (scores - lse[..., None]).exp()  # (R, block_q, K)
+    probs = a * _probabilities(scores, lse)  # (R, block_q, K)
     d_scores = probs * (row.grad_out @ v.mT - offset) * settings.scale
     dk, dv = d_scores.mT @ row.q, probs.mT @ row.grad_out  # (R, K, D)
     if keeps_all:
@@ -199,13 +200,19 @@ def _pooled_gradient(
     row: Row, head: KeyHead, grads: KeyGradients, a: Tensor, shift: Tensor, bias: Tensor, settings: Settings
 ) -> Tensor:
     """Adds (1 - a)(dO . v_bar - d) + shift, times the tail's probabilities, to the pooled scores' gradient."""
-    scores = row.q @ head.k_bar.mT * settings.scale + bias
+    k_bar, v_bar = (at_least_float32(x) for x in head.pooled())
+    scores = row.q @ k_bar.mT * settings.scale + bias
     lse = torch.where(row.tail_lse.isfinite(), row.tail_lse, torch.inf)
-    probs = (scores - lse[..., None]).exp()  # (R, block_q, T)
-    d_scores = probs * ((1 - a) * (row.grad_out @ head.v_bar.mT - row.d) + shift) * settings.scale
+    probs = _probabilities(scores, lse)  # (R, block_q, T)
+    d_scores = probs * ((1 - a) * (row.grad_out @ v_bar.mT - row.d) + shift) * settings.scale
     grads.k_bar += (d_scores.mT @ row.q).sum(0)
     grads.v_bar += (((1 - a) * probs).mT @ row.grad_out).sum(0)
-    return d_scores @ head.k_bar
+    return d_scores @ k_bar
+
+
+def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
+    """exp(scores - lse), at most 1: the forward's own scores, low-bit or huge, may lie below these."""
+    return (scores - lse[..., None]).clamp_(max=0).exp_()
 
 
 def _linear_gradient(
@@ -219,8 +226,7 @@ def _linear_gradient(
 ) -> Tensor:
     state, normalizer = linear.outside(block_mask)
     phi_q = feature_map(row.q, settings.feature_map)
-    weight = phi_q @ normalizer[..., None]
-    weight = torch.where(weight > 0, weight, torch.inf)
+    weight = linear.row_weight(phi_q, normalizer)
     d_numerator = (1 - a) * row.grad_out / weight
     # (1 - a) dO . O_l = d - a s
     d_weight = -torch.where(no_tail[..., None], 0, row.d - a * row.s) / weight

@@ -33,7 +33,8 @@ class ExactBlocks:
 
     @property
     def count(self) -> int:
-        return self.num_first + self.num_blocks - self.last_start
+        # The difference is never negative, which only sym_max lets a symbolic length see.
+        return self.num_first + torch.sym_max(0, self.num_blocks - self.last_start)
 
 
 def exact_blocks(num_tokens: int, block_size: int, exact_prefix: int, exact_suffix: int) -> ExactBlocks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from typing import Literal
@@ -10,10 +11,12 @@ import torch
 from torch import Tensor
 
 from sla2_compile.kernels import blocked, blocked_backward
+from sla2_compile.kernels.hardware import capability
 
 Implementation = Literal["triton", "blocked"]
 
 
+@functools.cache
 def implementation(device: torch.device) -> Implementation:
     """ "triton": fused kernels, for CUDA with Triton installed. "blocked": ATen in blocks, on any device."""
     return "triton" if device.type == "cuda" and missing_for_triton(device) is None else "blocked"
@@ -23,9 +26,9 @@ def forward_of(device: torch.device) -> Callable[..., tuple[Tensor, ...]]:
     """The implementation of `sla2::attention_forward` on a device."""
     if implementation(device) == "blocked":
         return blocked.forward
-    from sla2_compile.kernels import triton_forward
+    from sla2_compile.kernels import cuda_forward
 
-    return triton_forward.forward
+    return cuda_forward.forward
 
 
 def backward_of(device: torch.device) -> Callable[..., tuple[Tensor, ...]]:
@@ -45,17 +48,14 @@ def missing_for_triton(device: torch.device) -> str | None:
         return "needs an NVIDIA GPU, this is a ROCm build of PyTorch"
     if importlib.util.find_spec("triton") is None:
         return "needs Triton: pip install 'sla2-compile[gpu]'"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
-        return f"needs compute capability 8.0 or higher, this device has {capability[0]}.{capability[1]}"
+    major, minor = capability(device)
+    if major < 8:
+        return f"needs compute capability 8.0 or higher, this device has {major}.{minor}"
     return None
 
 
 def missing_for_format(number_format: str, device: torch.device) -> str | None:
-    """Why a low-bit format cannot run in the Triton kernels of a CUDA device; None if it can, or is emulated."""
-    if implementation(device) == "blocked" or number_format != "fp8":
+    """Why a low-bit format cannot run on a device; None if it can, or is emulated, and for no format ("")."""
+    if not number_format or implementation(device) == "blocked":
         return None
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 9):
-        return f"FP8 needs compute capability 8.9 or higher, this device has {capability[0]}.{capability[1]}"
-    return None
+    return "the CUDA kernels have no low-bit formats yet"

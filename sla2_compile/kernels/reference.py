@@ -8,6 +8,8 @@ Dimension letters, everywhere in this package: B batch, H heads, N tokens, D hea
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,6 +18,9 @@ from sla2_compile.config import SLA2Config
 from sla2_compile.kernels.blocks import exact_blocks, exact_query_blocks, num_blocks, num_kept_blocks
 from sla2_compile.kernels.token_order import inverse_order, tile_order
 from sla2_compile.quant.formats import quantize_dequantize, quantize_dequantize_probabilities
+
+# A row of the linear tail whose weights sum to less has none: near float32's smallest number they are noise.
+MIN_LINEAR_WEIGHT = 1e-30
 
 
 def attention(
@@ -57,6 +62,8 @@ def attention(
         q, k, v, real = q[:, :, order], k[:, :, order], v[:, :, order], real[:, order]
     k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
     real = real[:, None]  # (B, 1, N_kv)
+    # Keys and values that are not real may hold anything: they must not even reach a low-bit scale.
+    k, v = (x.masked_fill(~real[..., None], 0) for x in (k, v))
     k = smooth_keys(k, real)
     k_bar, v_bar = (block_means(x, real, config.block_k) for x in (k, v))
     n = block_sums(real.to(q.dtype)[..., None], config.block_k)[..., 0]  # (B, 1, T) real tokens per block
@@ -66,7 +73,8 @@ def attention(
     kept_keys = kept.repeat_interleave(config.block_k, 3)[..., :kv_len]  # (B, H, N, N_kv)
 
     sparse_out, sparse_lse = _sparse_branch(q, k, v, kept_keys & real[..., None, :], scale, config)
-    pooled_scores = q @ k_bar.mT * scale + n.log()[..., None, :]
+    k_bar, v_bar, log_n = (x.to(q.dtype) for x in (k_bar, v_bar, n.log()))
+    pooled_scores = q @ k_bar.mT * scale + log_n[..., None, :]
     in_tail = ~kept & (n > 0)[..., None, :]  # (B, H, N, T)
     pooled_probs, tail_lse = masked_softmax(pooled_scores, in_tail)
     if config.tail == "pooled":
@@ -75,7 +83,7 @@ def attention(
         weights = feature_map(q, config.feature_map) @ feature_map(k, config.feature_map).mT
         weights = weights * (~kept_keys & real[..., None, :])
         total = weights.sum(-1, keepdim=True)
-        tail_out = weights @ v / torch.where(total > 0, total, 1)
+        tail_out = weights @ v / torch.where(total > MIN_LINEAR_WEIGHT, total, torch.inf)
 
     logit = q.new_zeros(heads, 1) if alpha_logit is None else alpha_logit
     logit = interpolate_logit(logit.to(q.dtype), num_blocks(q_len, config.block_q))
@@ -171,9 +179,9 @@ def masked_softmax(scores: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def smooth_keys(k: Tensor, real: Tensor) -> Tensor:
-    """`k` less its mean over the real tokens: k (B, H, N_kv, D), real (B, 1, N_kv)."""
+    """`k` less its mean over the real tokens, 0 elsewhere: k (B, H, N_kv, D), real (B, 1, N_kv)."""
     weight = real[..., None].to(k.dtype)
-    return k - (k * weight).sum(2, keepdim=True) / weight.sum(2, keepdim=True).clamp(min=1)
+    return (k - (k * weight).sum(2, keepdim=True) / weight.sum(2, keepdim=True).clamp(min=1)) * weight
 
 
 def split_blocks(x: Tensor, block_size: int) -> Tensor:
@@ -208,13 +216,76 @@ def feature_map(x: Tensor, name: str) -> Tensor:
 
 def interpolate_logit(logit: Tensor, num_query_blocks: int) -> Tensor:
     """(H, M') logits read at `num_query_blocks` equally spaced places, linearly: (H, num_query_blocks)."""
-    if logit.shape[1] == 1:
-        return logit.expand(-1, num_query_blocks)
-    if logit.shape[1] == num_query_blocks:
+    given = logit.shape[1]
+    if given == 1 or num_query_blocks == 0:
+        return logit[:, :1].expand(-1, num_query_blocks)
+    # A symbolic length must not be compared: that would fix it.
+    if isinstance(num_query_blocks, int) and given == num_query_blocks:
         return logit
-    return F.interpolate(logit[None], size=num_query_blocks, mode="linear", align_corners=False)[0]
+    # Made from the logit, so that a sharded one meets tensors of its own kind.
+    place = (logit.detach().new_ones(num_query_blocks).cumsum(0) - 0.5) * given / num_query_blocks
+    place = (place - 0.5).clamp(0, given - 1)
+    lower = place.long()
+    # F.interpolate would do the same, but its backward on CUDA is not deterministic.
+    return torch.lerp(logit[:, lower], logit[:, (lower + 1).clamp(max=given - 1)], place - lower)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
     """`x` in float32, or as it is where it has more."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def soft_topk(scores: Tensor, kept_ratio: float, tau: float = 0.1) -> Tensor:
+    """SoftTop-k (section 4.2, equation 17): a mask that training can follow, in place of the hard choice of blocks.
+
+    `mask_ij = sigmoid(scores_ij / tau + lambda_i)`, with `lambda_i` such that row i sums to `kept_ratio * T`. The
+    gradient is exact: it passes through lambda, so that adding a constant to a row changes nothing.
+
+    Args:
+        scores: (..., M, T) floating, finite, or -inf for a block that must not be kept.
+        kept_ratio: in (0, 1]. A row needs more than `kept_ratio * T` blocks that are not -inf.
+        tau: temperature, > 0; towards 0 the mask becomes the hard one.
+
+    Returns:
+        (..., M, T) in the dtype of `scores`, from 0 to 1, rows summing to `kept_ratio * T`.
+    """
+    if not 0 < kept_ratio <= 1:
+        raise ValueError(f"kept_ratio: expected a fraction in (0, 1], got {kept_ratio!r}; it is 1 - sparsity")
+    if not tau > 0:
+        raise ValueError(f"tau: expected a positive number, got {tau!r}; the paper's is 0.1")
+    return _SoftTopK.apply(scores, kept_ratio, tau)
+
+
+class _SoftTopK(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(scores: Tensor, kept_ratio: float, tau: float) -> Tensor:
+        num_blocks = scores.shape[-1]
+        target = kept_ratio * num_blocks
+        # Bisection in float64 (where the device has it): near a hard mask the sum is steep in lambda.
+        wide = scores if scores.device.type == "mps" else scores.double()
+        # Counted from the score at the threshold, lambda is moderate however large or far apart the scores are.
+        rank = min(int(target), num_blocks - 1)
+        pivot = wide.sort(dim=-1, descending=True).values[..., rank : rank + 1]
+        logits = (wide - pivot) / tau
+        low, high = torch.full_like(pivot, -60.0), torch.full_like(pivot, 60.0)
+        for _ in range(60):
+            middle = (low + high) / 2
+            too_many = (logits + middle).sigmoid().sum(-1, keepdim=True) > target
+            low, high = torch.where(too_many, low, middle), torch.where(too_many, middle, high)
+        return (logits + (low + high) / 2).sigmoid().to(scores.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(output)
+        ctx.tau = inputs[2]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (mask,) = ctx.saved_tensors
+        slope = mask * (1 - mask)
+        total = slope.sum(-1, keepdim=True)
+        # d lambda / d scores_ij = -slope_ij / (tau sum_j slope_ij); a row that is hard everywhere has no gradient.
+        share = slope / torch.where(total > 0, total, 1)
+        return (slope * grad - share * (slope * grad).sum(-1, keepdim=True)) / ctx.tau, None, None

@@ -43,6 +43,13 @@ class Settings:
         return exact_query_blocks(q_len, kv_len, self.block_q, self.exact_prefix, self.exact_suffix)
 
 
+def row_gain(q: Tensor, alpha_gain: Tensor | None, settings: Settings) -> Tensor | None:
+    """The gain (H,) of row mixing, 1 where nothing is learned; None for block mixing."""
+    if settings.mixing == "row" and alpha_gain is None:
+        return q.new_ones(q.shape[1], dtype=torch.promote_types(q.dtype, torch.float32))
+    return alpha_gain
+
+
 def empty_output(q: Tensor) -> Tensor:
     """Uninitialised output for `q` (B, H, N, D): that shape over (B, N, H, D) storage, which models read next."""
     batch, heads, q_len, dim = q.shape

@@ -24,6 +24,8 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scal
     """
     if q.device.type == "cpu":
         mask = None if bias is None else bias[:, None].expand(len(q), 1, q.shape[1], k.shape[1])
+        # Without asking, the operator reads head dims as if they were adjacent.
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q[:, None], k[:, None], v[:, None], attn_mask=mask, scale=scale
         )

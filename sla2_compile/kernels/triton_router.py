@@ -25,12 +25,14 @@ def _scores_kernel(
     t = tl.program_id(2) * KEYS + tl.arange(0, KEYS)
     d = tl.arange(0, BLOCK_D)
     q = tl.load(q_ptr + (head * M + m)[:, None] * D + d[None, :], mask=(m < M)[:, None] & (d < D)[None, :], other=0.0)
-    k = tl.load(k_ptr + (kv_head * T + t)[:, None] * D + d[None, :], mask=(t < T)[:, None] & (d < D)[None, :], other=0.0)
+    k = tl.load(
+        k_ptr + (kv_head * T + t)[:, None] * D + d[None, :], mask=(t < T)[:, None] & (d < D)[None, :], other=0.0
+    )
     if proj_ptr is not None:
         inside = (d < D)[:, None] & (d < D)[None, :]
         proj = tl.load(proj_ptr + d[:, None] * D + d[None, :], mask=inside, other=0.0)
-        q = tl.dot(q, proj, input_precision="ieee")
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        q = tl.dot(q, proj, input_precision="tf32x3")
+    scores = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale
     tl.store(scores_ptr + (head * M + m)[:, None] * T + t[None, :], scores, mask=(m < M)[:, None] & (t < T)[None, :])
 
 
@@ -111,10 +113,10 @@ def route(
         # (q proj_q^T)(k proj_k^T)^T = q (proj_q^T proj_k) k^T; in float64 because matmul may run as TF32.
         proj = (proj_q.double().mT @ proj_k.double()).float().contiguous()
     block_d = max(16, triton.next_power_of_2(dim))
-    tile = 32 if block_d <= 128 else 16
-    _scores_kernel[batch * heads, triton.cdiv(rows, tile), triton.cdiv(total, 32)](
+    tile = 64 if block_d <= 128 else 32
+    _scores_kernel[batch * heads, triton.cdiv(rows, tile), triton.cdiv(total, tile)](
         q_bar, k_bar, proj, scores, heads, heads // key_heads, rows, total, settings.scale,
-        D=dim, BLOCK_D=block_d, ROWS=tile, KEYS=32, num_warps=4,
+        D=dim, BLOCK_D=block_d, ROWS=tile, KEYS=tile, num_warps=4,
     )  # fmt: skip
     words = triton.cdiv(total, 32)
     bits = torch.empty(batch, heads, rows, words, dtype=torch.int32, device=q_bar.device)

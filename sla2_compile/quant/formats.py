@@ -35,9 +35,11 @@ def quantize_dequantize(x: Tensor, number_format: str, dims: tuple[int, ...]) ->
     """
     limit = INT8_MAX if number_format == "int8" else FP8_MAX
     with torch.no_grad():
-        scale = x.abs().amax(dims, keepdim=True) / limit
+        # In 16 bits the scale itself would be rounded.
+        values = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = values.abs().amax(dims, keepdim=True) / limit
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        rounded = round_to_format(x / scale, number_format) * scale
+        rounded = (round_to_format(values / scale, number_format) * scale).to(x.dtype)
     return x + (rounded - x).detach()
 
 

@@ -17,13 +17,18 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from sla2_compile.kernels.hardware import capability, shared_memory
 from sla2_compile.kernels.settings import Settings
+from sla2_compile.kernels.tensor_rows import matrix_shape
 from sla2_compile.kernels.triton_backward_feature_map import feature_map
 from sla2_compile.kernels.triton_backward_loads import is_real, load_tile, store_tile, token_of
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+# As in reference.py: a row of the linear tail whose weights sum to less has none.
+MIN_LINEAR_WEIGHT = tl.constexpr(1e-30)
 
 
 @dataclass(frozen=True)
@@ -36,16 +41,18 @@ class AttentionConfig:
     copy_engine: bool = False  # read tiles through tensor descriptors where the layout allows it (sm_90 and later)
 
 
-def attention_config(block_d: int, itemsize: int, shared_memory: int) -> AttentionConfig:
-    """For head dims padded to `block_d` and a GPU with so many bytes of shared memory per program."""
-    large = shared_memory >= 160 * 1024
+def attention_config(block_d: int, itemsize: int, device: torch.device) -> AttentionConfig:
+    """For head dims padded to `block_d`; measured on sm_90 only."""
+    large = shared_memory(device) >= 160 * 1024
     if itemsize == 4:
         return AttentionConfig(32, 32, 32, 4, 1) if block_d <= 128 else AttentionConfig(16, 16, 16, 4, 1)
     if block_d <= 64:
-        return AttentionConfig(128, 64, 64, 4, 3)
+        return AttentionConfig(128, 64, 64, 4, 3 if large else 2)
+    if block_d == 128 and large:
+        return AttentionConfig(128, 64, 64, 4, 2, copy_engine=capability(device) >= (9, 0))
     if block_d == 128:
-        return AttentionConfig(128, 64, 64, 4, 2) if large else AttentionConfig(64, 64, 64, 4, 2)
-    return AttentionConfig(64, 64, 64, 4, 2) if large else AttentionConfig(64, 32, 32, 4, 1)
+        return AttentionConfig(64, 32, 32, 4, 2)
+    return AttentionConfig(64, 32, 32, 4, 2) if large else AttentionConfig(32, 32, 32, 4, 1)
 
 
 @triton.jit
@@ -64,13 +71,15 @@ def _softmax_step(acc, total, peak, scores, v, scale_log2, SAFE: tl.constexpr, P
 
 @triton.jit
 def _attention_kernel(
-    q_ptr, k_ptr, v_ptr, k_tiles, v_tiles, k_bar_tiles, v_bar_tiles, kept_ptr, bits_ptr, k_bar_ptr, v_bar_ptr, n_ptr, k_mean_ptr, real_ptr, order_ptr, logit_ptr,
-    gain_ptr, num_nonempty_ptr, state_ptr, normalizer_ptr, out_ptr, sparse_out_ptr, sparse_lse_ptr, tail_lse_ptr,
+    q_ptr, k_ptr, v_ptr, k_tiles, v_tiles, k_bar_tiles, v_bar_tiles, kept_ptr, bits_ptr, k_bar_ptr, v_bar_ptr,
+    n_ptr, k_mean_ptr, real_ptr, order_ptr, logit_ptr, gain_ptr, num_nonempty_ptr, state_ptr, normalizer_ptr,
+    out_ptr, sparse_out_ptr, sparse_lse_ptr, tail_lse_ptr,
     q_sb, q_sh, q_sn, k_sb, k_sh, k_sn, v_sb, v_sh, v_sn, out_sb, out_sh, out_sn, real_sb,
     H, GROUP, N, N_KV, M, T, slots, words, first_exact, last_exact, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, MEANS: tl.constexpr, RAGGED: tl.constexpr, HAS_TAIL: tl.constexpr, LINEAR: tl.constexpr,
-    ROW_MIXING: tl.constexpr, UNIFIED: tl.constexpr, SAVE: tl.constexpr, MAP: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    ROW_MIXING: tl.constexpr, UNIFIED: tl.constexpr, SAVE: tl.constexpr, MAP: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Grid (B H M BLOCK_Q / ROWS,), first the query blocks that keep every key block, which take longest.
 
@@ -167,7 +176,9 @@ def _attention_kernel(
             shift = tl.sum(q.to(tl.float32) * k_mean[None, :], 1) * scale
         store_tile(sparse_out_ptr, token, exists, out_sn, acc * inverse[:, None], D, BLOCK_D)
         statistics = head * N + token
-        tl.store(sparse_lse_ptr + statistics, tl.where(total > 0, sparse_lse * LN_2 - shift, float("-inf")), mask=exists)
+        tl.store(
+            sparse_lse_ptr + statistics, tl.where(total > 0, sparse_lse * LN_2 - shift, float("-inf")), mask=exists
+        )
 
     if not HAS_TAIL:
         acc = acc * inverse[:, None]
@@ -252,7 +263,7 @@ def _attention_kernel(
                 phi = feature_map(q.to(tl.float32), D, BLOCK_D, MAP)
                 normalizer = tl.load(normalizer_ptr + (head * M + m) * D + d, mask=d < D, other=0.0)
                 mass = tl.sum(phi * normalizer[None, :], 1)
-                phi = phi * tl.where(mass > 0, (1 - weight) / mass, 0.0)[:, None]
+                phi = phi * tl.where(mass > MIN_LINEAR_WEIGHT, (1 - weight) / mass, 0.0)[:, None]
                 inside = (d < D)[:, None] & (d < D)[None, :]
                 state_ptr += (head * M + m) * D * D
                 state = tl.load(state_ptr + d[:, None] * D + d[None, :], mask=inside, other=0.0)
@@ -335,8 +346,9 @@ def attention(
         tiles = (None, None, None, None) if None in tiles else tiles
     num_nonempty = None if real is None else (means.n > 0).sum(1, dtype=torch.int32)
     _attention_kernel[batch * heads * blocks * (settings.block_q // rows),](
-        q, k, v, *tiles, kept, bits, means.k_bar, means.v_bar, means.n, means.k_mean, real, order, alpha_logit, alpha_gain,
-        num_nonempty, None if linear is None else linear.state, None if linear is None else linear.normalizer,
+        q, k, v, *tiles, kept, bits, means.k_bar, means.v_bar, means.n, means.k_mean, real, order, alpha_logit,
+        alpha_gain, num_nonempty,
+        None if linear is None else linear.state, None if linear is None else linear.normalizer,
         outputs.out, outputs.out if outputs.sparse_out is None else outputs.sparse_out, outputs.sparse_lse,
         outputs.tail_lse, *(s for x in (q, k, v, outputs.out) for s in x.stride()[:3]),
         0 if real is None else real.stride(0),
@@ -351,14 +363,7 @@ def attention(
     )  # fmt: skip
 
 
-def _rows_of(x: Tensor, rows: int) -> Any:
-    """A descriptor of `x` (B, H, N, D) as a matrix whose rows are x.stride(2) apart; None where its layout forbids it."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    pitch, (batch, heads, length, dim) = x.stride(2), x.shape
-    if pitch * x.element_size() % 16 or x.data_ptr() % 16 or x.stride(0) % pitch and batch > 1:
-        return None
-    if heads > 1 and x.stride(1) % pitch and heads * x.stride(1) > pitch:
-        return None
-    last = (batch - 1) * x.stride(0) + (heads - 1) * x.stride(1)
-    return TensorDescriptor(x, [last // pitch + length, pitch], [pitch, 1], [rows, dim])
+def _rows_of(x: Tensor, rows: int) -> TensorDescriptor | None:
+    """A descriptor for tiles of `rows` tokens of `x` (B, H, N, D); None where its layout forbids it."""
+    shape = matrix_shape(x)
+    return shape and TensorDescriptor(x, list(shape), [shape[1], 1], [rows, x.shape[3]])

@@ -1,0 +1,20 @@
+"""Attention's inputs as the matrices that the copy engine of Hopper and later reads."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def matrix_shape(x: Tensor) -> tuple[int, int] | None:
+    """(rows, columns) of the matrix that holds `x` (B, H, N, D), two tokens of a head being one row apart.
+
+    A head begins some columns to the right of its batch element's first row, or whole rows below. None where the
+    layout is another, or not aligned to the 16 bytes that the copy engine needs.
+    """
+    pitch, (batch, heads, length, dim) = x.stride(2), x.shape
+    if pitch < dim or pitch * x.element_size() % 16 or x.data_ptr() % 16 or (batch > 1 and x.stride(0) % pitch):
+        return None
+    if heads > 1 and x.stride(1) % pitch and heads * x.stride(1) > pitch:
+        return None
+    last = (batch - 1) * x.stride(0) + (heads - 1) * x.stride(1)
+    return last // pitch + length, pitch

@@ -1,0 +1,178 @@
+"""The linear tail on the side of the keys: h_j, z_j of each key block, and dk, dv from their gradients.
+
+h_j = phi(k_j)^T v_j,  z_j = sum phi(k_j),    dphi(k) = v dh^T + dz,  dv = phi(k) dh
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sla2_compile.kernels.settings import Settings
+from sla2_compile.kernels.triton_backward_feature_map import feature_map, feature_map_gradient
+from sla2_compile.kernels.triton_backward_loads import is_real, load_tile, store_tile, token_of
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """Tiles of the linear tail's kernels, on the side of the keys and of the queries."""
+
+    rows: int  # query rows or keys of a step
+    values: int  # channels of v that go together
+    num_warps: int
+
+
+def linear_config(dim: int, itemsize: int, shared_memory: int) -> LinearConfig:
+    """For a head dim and a GPU with so many bytes of shared memory per program."""
+    large = shared_memory >= 200 * 1024
+    if itemsize == 4:
+        return LinearConfig(16, 32, 8) if dim <= 128 else LinearConfig(16, 16, 8)
+    if dim <= 128:
+        return LinearConfig(64, 64, 8) if large else LinearConfig(64, 32, 8)
+    return LinearConfig(64, 32, 8) if large else LinearConfig(16, 32, 8)
+
+
+def linear_constants(x: Tensor, config: LinearConfig, settings: Settings) -> dict[str, Any]:
+    """What all of the linear tail's kernels are compiled for; `x` is one of the inputs."""
+    block_d = max(16, triton.next_power_of_2(x.shape[3]))
+    return {
+        "D": x.shape[3],
+        "BLOCK_D": block_d,
+        "VALUES": min(config.values, block_d),
+        "MAP": settings.feature_map,
+        "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
+    }
+
+
+@triton.jit
+def _smoothed_keys(k_ptr, k_mean_ptr, token, real, k_sn, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    d = tl.arange(0, BLOCK_D)
+    k_mean = tl.load(k_mean_ptr + d, mask=d < D, other=0.0)
+    return load_tile(k_ptr, token, real, k_sn, D, BLOCK_D).to(tl.float32) - k_mean[None, :]
+
+
+@triton.jit
+def _state_kernel(
+    k_ptr, v_ptr, k_mean_ptr, real_ptr, order_ptr, h_ptr, z_ptr, k_sb, k_sh, k_sn, v_sb, v_sh, v_sn, real_sb,
+    G, N_KV, T, factor, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, KEYS: tl.constexpr,
+    VALUES: tl.constexpr, MAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (B G T, D / VALUES): h_j (D, VALUES) and, once, z_j, both times `factor`."""
+    row = tl.program_id(0).to(tl.int64)
+    kv_head, j = row // T, (row % T).to(tl.int32)
+    b, g = kv_head // G, kv_head % G
+    if real_ptr is not None:
+        real_ptr += b * real_sb
+    d, e = tl.arange(0, BLOCK_D), tl.program_id(1) * VALUES + tl.arange(0, VALUES)
+    state = tl.zeros([BLOCK_D, VALUES], tl.float32)
+    normalizer = tl.zeros([BLOCK_D], tl.float32)
+    for first in tl.range(0, BLOCK_K, KEYS, num_stages=1):
+        position = j * BLOCK_K + first + tl.arange(0, KEYS)
+        token = token_of(order_ptr, position, N_KV)
+        real = is_real(real_ptr, token, position, N_KV)
+        k = _smoothed_keys(k_ptr + b * k_sb + g * k_sh, k_mean_ptr + kv_head * D, token, real, k_sn, D, BLOCK_D)
+        phi = tl.where(real[:, None], feature_map(k, D, BLOCK_D, MAP), 0.0)
+        v_ptrs = v_ptr + b * v_sb + g * v_sh + token[:, None] * v_sn + e[None, :]
+        v = tl.load(v_ptrs, mask=real[:, None] & (e < D)[None, :], other=0.0)
+        state = tl.dot(tl.trans(phi.to(v.dtype)), v, state, input_precision=PRECISION)
+        normalizer += tl.sum(phi, 0)
+    ptrs = h_ptr + row * D * D + d[:, None] * D + e[None, :]
+    tl.store(ptrs, (state * factor).to(h_ptr.dtype.element_ty), mask=(d < D)[:, None] & (e < D)[None, :])
+    if tl.program_id(1) == 0:
+        tl.store(z_ptr + row * D + d, normalizer * factor, mask=d < D)
+
+
+@triton.jit
+def _gradient_kernel(
+    k_ptr, v_ptr, k_mean_ptr, real_ptr, order_ptr, dh_ptr, dz_ptr, dk_ptr, dv_ptr, dk_sum_ptr,
+    k_sb, k_sh, k_sn, v_sb, v_sh, v_sn, real_sb, G, N_KV, T, factor,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
+    MAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (B G T,): dk, dv and the sum of dk over the block; dh, dz come divided by `factor`."""
+    row = tl.program_id(0).to(tl.int64)
+    kv_head, j = row // T, (row % T).to(tl.int32)
+    b, g = kv_head // G, kv_head % G
+    if real_ptr is not None:
+        real_ptr += b * real_sb
+    d, e = tl.arange(0, BLOCK_D), tl.arange(0, VALUES)
+    dz = tl.load(dz_ptr + row * D + d, mask=d < D, other=0.0)
+    dk_sum = tl.zeros([BLOCK_D], tl.float32)
+    for first_key in tl.range(0, BLOCK_K, KEYS, num_stages=1):
+        position = j * BLOCK_K + first_key + tl.arange(0, KEYS)
+        exists = position < N_KV
+        token = token_of(order_ptr, position, N_KV)
+        real = is_real(real_ptr, token, position, N_KV)
+        k = _smoothed_keys(k_ptr + b * k_sb + g * k_sh, k_mean_ptr + kv_head * D, token, real, k_sn, D, BLOCK_D)
+        phi = tl.where(real[:, None], feature_map(k, D, BLOCK_D, MAP), 0.0)
+        d_phi = tl.zeros([KEYS, BLOCK_D], tl.float32) + dz[None, :]
+        for first in tl.range(0, D, VALUES, num_stages=1):
+            inside = (first + e < D)[None, :]
+            v_ptrs = v_ptr + b * v_sb + g * v_sh + token[:, None] * v_sn + (first + e)[None, :]
+            v = tl.load(v_ptrs, mask=real[:, None] & inside, other=0.0)
+            dh_ptrs = dh_ptr + row * D * D + d[:, None] * D + (first + e)[None, :]
+            dh = tl.load(dh_ptrs, mask=(d < D)[:, None] & inside, other=0.0)
+            d_phi = tl.dot(v, tl.trans(dh), d_phi, input_precision=PRECISION)
+            dv = tl.dot(phi.to(dh.dtype), dh, input_precision=PRECISION) * factor
+            dv_ptrs = dv_ptr + ((b * N_KV * G + g) + token[:, None] * G) * D + (first + e)[None, :]
+            tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=exists[:, None] & inside)
+        dk = feature_map_gradient(k, phi, d_phi * factor, MAP)
+        dk = tl.where(real[:, None], dk, 0.0)
+        dk_sum += tl.sum(dk, 0)
+        store_tile(dk_ptr + (b * N_KV * G + g) * D, token, exists, G * D, dk, D, BLOCK_D)
+    tl.store(dk_sum_ptr + row * D + d, dk_sum, mask=d < D)
+
+
+def key_block_states(
+    k: Tensor,
+    v: Tensor,
+    k_mean: Tensor,
+    real: Tensor | None,
+    order: Tensor | None,
+    factor: float,
+    settings: Settings,
+    config: LinearConfig,
+) -> tuple[Tensor, Tensor]:
+    """h (B G, T, D, D) in k's dtype and z (B G, T, D) float32, both times `factor`."""
+    (batch, heads, kv_len, dim), T = k.shape, triton.cdiv(k.shape[2], settings.block_k)
+    h, z = k.new_empty(batch * heads, T, dim, dim), k.new_empty(batch * heads, T, dim, dtype=torch.float32)
+    constants = linear_constants(k, config, settings)
+    _state_kernel[batch * heads * T, triton.cdiv(dim, constants["VALUES"])](
+        k, v, k_mean, real, order, h, z, *k.stride()[:3], *v.stride()[:3], 0 if real is None else real.stride(0),
+        heads, kv_len, T, factor, BLOCK_K=settings.block_k, KEYS=min(config.rows, settings.block_k),
+        num_warps=config.num_warps, **constants,
+    )  # fmt: skip
+    return h, z
+
+
+def linear_key_gradients(
+    dk: Tensor,
+    dv: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_mean: Tensor,
+    real: Tensor | None,
+    order: Tensor | None,
+    dh: Tensor,
+    dz: Tensor,
+    factor: float,
+    settings: Settings,
+    config: LinearConfig,
+) -> Tensor:
+    """Write dk, dv (B, G, N_kv, D), contiguous, before K smoothing; return the sum of dk over tokens (B, G, D).
+
+    dh (B G, T, D, D) and dz (B G, T, D) come divided by `factor`.
+    """
+    (batch, heads, kv_len, dim), T = k.shape, dh.shape[1]
+    dk_sum = k.new_empty(batch, heads, T, dim, dtype=torch.float32)
+    _gradient_kernel[batch * heads * T,](
+        k, v, k_mean, real, order, dh, dz, dk, dv, dk_sum, *k.stride()[:3], *v.stride()[:3],
+        0 if real is None else real.stride(0), heads, kv_len, T, factor, BLOCK_K=settings.block_k,
+        KEYS=min(config.rows, settings.block_k), num_warps=config.num_warps, **linear_constants(k, config, settings),
+    )  # fmt: skip
+    return dk_sum.sum(2)

@@ -1,0 +1,146 @@
+"""The linear tail's gradients on the side of the queries: dq, and those of the states H, Z of each query block.
+
+With w = phi(q) . Z and (1 - a) dO . O_l = dO . O - a dO . O_s (`linear_product`) the gradients are
+
+    numerator  dn = (1 - a) dO / w,    normaliser  dw = -linear_product / w
+    dphi(q) = dn H^T + dw Z,           dH = phi(q)^T dn,    dZ = phi(q)^T dw
+
+`H` and `Z` come divided by about the number of tokens per channel, so that 16-bit gradients keep the size of dO.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sla2_compile.kernels.settings import Settings
+from sla2_compile.kernels.triton_backward_feature_map import feature_map, feature_map_gradient
+from sla2_compile.kernels.triton_backward_linear_keys import LinearConfig, linear_constants
+from sla2_compile.kernels.triton_backward_loads import load_tile, store_tile, token_of
+from sla2_compile.kernels.triton_backward_rows import Rows
+
+
+@triton.jit
+def _phi_and_normalizer(q, z_ptr, D: tl.constexpr, BLOCK_D: tl.constexpr, MAP: tl.constexpr):
+    """phi(q), Z, and 1 / w where w > 0, else 0."""
+    d = tl.arange(0, BLOCK_D)
+    phi = feature_map(q.to(tl.float32), D, BLOCK_D, MAP)
+    z = tl.load(z_ptr + d, mask=d < D, other=0.0)
+    w = tl.sum(phi * z[None, :], 1)
+    return phi, z, tl.where(w > 0, 1 / tl.where(w > 0, w, 1.0), 0.0)
+
+
+@triton.jit
+def _query_kernel(
+    q_ptr, grad_ptr, order_ptr, h_ptr, z_ptr, weight_ptr, product_ptr, dq_ptr,
+    q_sb, q_sh, q_sn, grad_sb, grad_sh, grad_sn, H, N, M,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, ROWS: tl.constexpr, VALUES: tl.constexpr,
+    MAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (B H M BLOCK_Q / ROWS,): dq."""
+    PARTS: tl.constexpr = BLOCK_Q // ROWS
+    row = (tl.program_id(0) // PARTS).to(tl.int64)
+    head, m = row // M, (row % M).to(tl.int32)
+    b, h = head // H, head % H
+    position = m * BLOCK_Q + tl.program_id(0) % PARTS * ROWS + tl.arange(0, ROWS)
+    exists = position < N
+    token = token_of(order_ptr, position, N)
+    q = load_tile(q_ptr + b * q_sb + h * q_sh, token, exists, q_sn, D, BLOCK_D)
+    phi, z, inverse = _phi_and_normalizer(q, z_ptr + row * D, D, BLOCK_D, MAP)
+    weight = tl.load(weight_ptr + head * M * BLOCK_Q + position) * inverse
+    product = tl.load(product_ptr + head * M * BLOCK_Q + position) * inverse
+    grad_ptr += b * grad_sb + h * grad_sh
+    d, e = tl.arange(0, BLOCK_D), tl.arange(0, VALUES)
+    d_phi = -product[:, None] * z[None, :]
+    for first in tl.range(0, D, VALUES, num_stages=1):
+        inside = (first + e < D)[None, :]
+        grad_ptrs = grad_ptr + token[:, None] * grad_sn + (first + e)[None, :]
+        grad = tl.load(grad_ptrs, mask=exists[:, None] & inside, other=0.0)
+        h_ptrs = h_ptr + row * D * D + d[:, None] * D + (first + e)[None, :]
+        state = tl.load(h_ptrs, mask=(d < D)[:, None] & inside, other=0.0)
+        d_numerator = (weight[:, None] * grad.to(tl.float32)).to(state.dtype)
+        d_phi = tl.dot(d_numerator, tl.trans(state), d_phi, input_precision=PRECISION)
+    dq = feature_map_gradient(q.to(tl.float32), phi, d_phi, MAP)
+    store_tile(dq_ptr + (b * N * H + h) * D, token, exists, H * D, dq, D, BLOCK_D)
+
+
+@triton.jit
+def _state_kernel(
+    q_ptr, grad_ptr, order_ptr, z_ptr, weight_ptr, product_ptr, dh_ptr, dz_ptr,
+    q_sb, q_sh, q_sn, grad_sb, grad_sh, grad_sn, H, N, M,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, ROWS: tl.constexpr, VALUES: tl.constexpr,
+    MAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (B H M, D / VALUES): dH (D, VALUES) and, once, dZ."""
+    row = tl.program_id(0).to(tl.int64)
+    head, m = row // M, (row % M).to(tl.int32)
+    b, h = head // H, head % H
+    d, e = tl.arange(0, BLOCK_D), tl.program_id(1) * VALUES + tl.arange(0, VALUES)
+    dh = tl.zeros([BLOCK_D, VALUES], tl.float32)
+    dz = tl.zeros([BLOCK_D], tl.float32)
+    for first in tl.range(0, BLOCK_Q, ROWS, num_stages=1):
+        position = m * BLOCK_Q + first + tl.arange(0, ROWS)
+        exists = position < N
+        token = token_of(order_ptr, position, N)
+        q = load_tile(q_ptr + b * q_sb + h * q_sh, token, exists, q_sn, D, BLOCK_D)
+        phi, _, inverse = _phi_and_normalizer(q, z_ptr + row * D, D, BLOCK_D, MAP)
+        weight = tl.load(weight_ptr + head * M * BLOCK_Q + position) * inverse
+        product = tl.load(product_ptr + head * M * BLOCK_Q + position) * inverse
+        grad_ptrs = grad_ptr + b * grad_sb + h * grad_sh + token[:, None] * grad_sn + e[None, :]
+        grad = tl.load(grad_ptrs, mask=exists[:, None] & (e < D)[None, :], other=0.0)
+        d_numerator = (weight[:, None] * grad.to(tl.float32)).to(q.dtype)
+        dh = tl.dot(tl.trans(phi.to(q.dtype)), d_numerator, dh, input_precision=PRECISION)
+        dz -= tl.sum(phi * product[:, None], 0)
+    dh_ptrs = dh_ptr + row * D * D + d[:, None] * D + e[None, :]
+    tl.store(dh_ptrs, dh.to(dh_ptr.dtype.element_ty), mask=(d < D)[:, None] & (e < D)[None, :])
+    if tl.program_id(1) == 0:
+        tl.store(dz_ptr + row * D + d, dz, mask=d < D)
+
+
+def linear_query_gradients(
+    dq: Tensor,
+    grad_out: Tensor,
+    q: Tensor,
+    state: Tensor,
+    normalizer: Tensor,
+    rows: Rows,
+    order: Tensor | None,
+    settings: Settings,
+    config: LinearConfig,
+) -> tuple[Tensor, Tensor]:
+    """Write dq's linear part; return dH (B H, M, D, D) in q's dtype and dZ (B H, M, D) float32.
+
+    Args:
+        dq: (B, H, N, D) contiguous, written.
+        grad_out, q: (B, H, N, D), the last stride 1.
+        state: (B H, M, D, D) H of each query block, in q's dtype.
+        normalizer: (B H, M, D) float32 Z.
+        rows: the rows' statistics.
+        order: (N,) int32 visiting order, or None.
+        settings: the op's.
+        config: tile sizes.
+    """
+    (batch, heads, q_len, dim), blocks = q.shape, state.shape[1]
+    d_state, d_normalizer = torch.empty_like(state), torch.empty_like(normalizer)
+    row_size = min(config.rows, settings.block_q)
+    constants = {"BLOCK_Q": settings.block_q, "ROWS": row_size, **linear_constants(q, config, settings)}
+    inputs = (*q.stride()[:3], *grad_out.stride()[:3], heads, q_len, blocks)
+    weights = (rows.linear_weight, rows.linear_product)
+    _query_kernel[batch * heads * blocks * (settings.block_q // row_size),](
+        q, grad_out, order, state, normalizer, *weights, dq, *inputs, num_warps=config.num_warps, **constants
+    )
+    _state_kernel[batch * heads * blocks, triton.cdiv(dim, constants["VALUES"])](
+        q,
+        grad_out,
+        order,
+        normalizer,
+        *weights,
+        d_state,
+        d_normalizer,
+        *inputs,
+        num_warps=config.num_warps,
+        **constants,
+    )
+    return d_state, d_normalizer

@@ -1,0 +1,57 @@
+"""How the backward's kernels find tokens and read tiles: in visiting order, some not real, some past the end.
+
+An `if` that is decided at compile time has its `else` here, since Triton still compiles what follows a `return`.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def token_of(order_ptr, position, length):
+    """The model's token at each visited `position`, int64; any token in place of one past the end."""
+    if order_ptr is None:
+        return position.to(tl.int64)
+    else:
+        return tl.load(order_ptr + position, mask=position < length, other=0).to(tl.int64)
+
+
+@triton.jit
+def is_real(real_ptr, token, position, length):
+    """True where a key exists and is not padding; real_ptr is the batch element's (N_kv,) or None."""
+    if real_ptr is None:
+        return position < length
+    else:
+        return (tl.load(real_ptr + token, mask=position < length, other=0) != 0) & (position < length)
+
+
+@triton.jit
+def load_tile(ptr, token, mask, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(R, BLOCK_D) rows of one head; 0 where `mask` (R,), None for True, is False and past the head dimension."""
+    d = tl.arange(0, BLOCK_D)
+    ptrs = ptr + token[:, None] * stride + d[None, :]
+    if mask is None and D == BLOCK_D:
+        return tl.load(ptrs)
+    elif mask is None:
+        return tl.load(ptrs, mask=(d < D)[None, :], other=0.0)
+    elif D == BLOCK_D:
+        return tl.load(ptrs, mask=mask[:, None], other=0.0)
+    else:
+        return tl.load(ptrs, mask=mask[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def load_rows(ptr, order_ptr, first, length, stride, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(ROWS, BLOCK_D) tokens of one head visited from `first` on, 0 for those from `length` on."""
+    position = first + tl.arange(0, ROWS)
+    return load_tile(ptr, token_of(order_ptr, position, length), position < length, stride, D, BLOCK_D)
+
+
+@triton.jit
+def store_tile(ptr, token, mask, stride, value, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Write rows of one head where `mask` (R,) is True."""
+    d = tl.arange(0, BLOCK_D)
+    ptrs = ptr + token[:, None] * stride + d[None, :]
+    tl.store(ptrs, value.to(ptr.dtype.element_ty), mask=mask[:, None] & (d < D)[None, :])

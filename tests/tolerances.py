@@ -1,0 +1,43 @@
+"""Every tolerance of the tests of the op, with its reason. Nothing else decides how wrong a result may be."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Relative L2 between two float64 computations of the same formula in another order: some hundred roundings of 1e-16.
+FLOAT64 = 1e-12
+
+# Relative L2 error in a dtype, against float64, as a multiple of plain PyTorch's at the same mathematics in that dtype.
+EAGER_ERROR_FACTOR = 2.0
+# Below this (8 units in the last place of float32) plain PyTorch's error of a gradient of few elements is luck.
+EAGER_ERROR_FLOOR = 1e-6
+
+# Relative L2 error of the output against full precision, by (qk_format, pv_format). With about 7 bits (INT8) and 4
+# bits (e4m3) of mantissa these are what SageAttention2++'s scales reach on normal inputs; the project promises them.
+LOW_BIT = {
+    ("int8", None): 2e-2,
+    ("int8", "fp8"): 4e-2,
+    ("fp8", None): 6e-2,
+    (None, "fp8"): 4e-2,
+    ("fp8", "fp8"): 6e-2,
+}
+
+# Relative L2 of low-bit gradients against those of the same op without formats. The backward itself is not low-bit, but
+# it starts from the forward's outputs and log-sum-exps and inherits part of their error. That of the learned weights is
+# made of differences between the branches' outputs, in which the error weighs more.
+LOW_BIT_GRADIENT = {"out": 6e-2, "q": 3e-2, "k": 3e-2, "v": 3e-2, "alpha_logit": 2e-1, "alpha_gain": 2e-1}
+
+# Relative L2 of dense attention against float64: two units in the last place of the dtype.
+DENSE = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+# Relative L2 of sums over the gradient of v: each of its elements is rounded once to the dtype, at random.
+WEIGHTS_SUM = {torch.bfloat16: 1e-3, torch.float16: 1e-4}
+
+
+def relative_error(x: Tensor, expected: Tensor) -> float:
+    """|x - expected| / |expected| over all elements, in float64; the plain norm of `x` where `expected` is 0."""
+    x, expected = x.detach().double(), expected.detach().double()
+    assert x.shape == expected.shape
+    norm = expected.norm().item()
+    return (x - expected).norm().item() / (norm if norm > 0 else 1.0)
