@@ -17,8 +17,8 @@ FORWARD: Rules = (
     ("linear tail", ("linear", "tail_mask", "nvjet", "cutlass", "gemm", "xmma")),
     ("quantisation", ("low_bit", "quant")),
     ("block means", ("mean", "sequence")),
-    ("router", ("rout", "bits", "topk", "sort")),
-    ("sparse + tail", ("attention",)),
+    ("router", ("rout", "bits", "topk", "sort", "order")),
+    ("sparse + tail", ("attention", "mixture")),
 )
 BACKWARD: Rules = (
     ("linear tail", ("linear", "tail_mask", "nvjet", "cutlass", "gemm", "xmma")),
@@ -39,7 +39,7 @@ MODEL: Rules = (
 def own_kernels() -> dict[str, tuple[str, ...]]:
     """Names of this package's Triton kernels, with the files (without suffix) that define one of that name."""
     found: dict[str, tuple[str, ...]] = {}
-    for path in sorted((Path(sla2_compile.__file__).parent / "kernels").glob("triton_*.py")):
+    for path in sorted((Path(sla2_compile.__file__).parent / "kernels").glob("*_*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(x) for x in node.decorator_list):
                 found[node.name] = (*found.get(node.name, ()), path.stem)
