@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sla2_compile.ops  # noqa: F401  (registers the operators)
@@ -110,9 +109,10 @@ def explain(model: Callable[..., Any], *args: Any, config: SLA2Config | None = N
         for site in convert(gm, settings):
             found = SiteReport(site)
             report.sites.append(found)
-            run = _run_sla2 if site.verdict == "sla2" else _run_dense
-            # FX writes a target by its name, which a partial lacks.
-            site.node.target = functools.update_wrapper(functools.partial(run, found), run)
+            if site.verdict == "sla2":
+                _replace(site.node, functools.partial(_run_sla2, found))
+            else:
+                _replace(site.node, functools.partial(_run_dense, found, _callable(site.node)))
             site.owner.recompile()
         return gm
 
@@ -126,9 +126,23 @@ def explain(model: Callable[..., Any], *args: Any, config: SLA2Config | None = N
     return report
 
 
-def _run_dense(report: SiteReport, *args: Any, **kwargs: Any) -> Any:
+def _callable(node: Node) -> Callable[..., Any]:
+    """What a node calls, as a function of its arguments."""
+    if node.op == "call_method":
+        method = str(node.target)
+        return lambda x, *args, **kwargs: getattr(x, method)(*args, **kwargs)
+    assert callable(node.target)
+    return node.target
+
+
+def _replace(node: Node, function: Callable[..., Any]) -> None:
+    # FX writes a function by its name, which a partial lacks.
+    node.op, node.target = "call_function", functools.update_wrapper(function, _run_sla2)
+
+
+def _run_dense(report: SiteReport, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     report.num_calls += 1
-    return F.scaled_dot_product_attention(*args, **kwargs)
+    return function(*args, **kwargs)
 
 
 def _run_sla2(report: SiteReport, *args: Any, **kwargs: Any) -> Any:
@@ -151,7 +165,7 @@ def _measured_sparsity(mask: Tensor, attn_mask: Tensor | None, block_k: int) -> 
     is_real = torch.ones_like(mask)
     if attn_mask is not None:
         missing = -attn_mask.shape[3] % block_k
-        padded = F.pad(attn_mask, (0, missing))
+        padded = torch.nn.functional.pad(attn_mask, (0, missing))
         is_real = padded.unflatten(3, (-1, block_k)).any(-1).expand_as(mask)
     return 1 - ((mask & is_real).sum() / is_real.sum().clamp(min=1)).item()
 

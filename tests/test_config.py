@@ -24,6 +24,7 @@ def test_the_defaults_are_cautious_and_full_precision() -> None:
         "min_seq_len": 2048,
         "exact_prefix": 0,
         "exact_suffix": 0,
+        "infer_layout": True,
         "include": (),
         "exclude": (),
         "strict": False,

@@ -31,6 +31,7 @@ class SelfAndCross(nn.Module):
         return self.attn2(self.attn1(x), text)
 
 
+RASTER = "eligible, in raster order (token grid unknown)"
 CONFIG = SLA2Config(sparsity=0.75, block_q=16, block_k=16, min_seq_len=64)
 
 
@@ -38,7 +39,7 @@ def test_a_report_says_what_becomes_of_each_site_and_why() -> None:
     report = sla2_compile.explain(SelfAndCross(), tokens(128), tokens(16), config=CONFIG)
     first, second = report.to_dict()["sites"]
     assert set(first) == set(second) == KEYS
-    assert (first["name"], first["verdict"], first["reason"]) == ("attn1", "sla2", "eligible")
+    assert (first["name"], first["verdict"], first["reason"]) == ("attn1", "sla2", RASTER)
     assert (first["q_shape"], first["kv_len"]) == ((1, 2, 128, 16), 128)
     assert (first["requested_sparsity"], first["delivered_sparsity"]) == (0.75, 0.75)
     assert first["flops_dense"] == 4 * 2 * 128 * 128 * 16

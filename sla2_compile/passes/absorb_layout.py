@@ -12,6 +12,7 @@ from typing import Any
 
 from torch.fx import Node
 
+from sla2_compile.passes.edit_graph import erase_dead
 from sla2_compile.passes.sites import Site
 
 
@@ -24,9 +25,10 @@ def absorb_layout(sites: list[Site]) -> int:
         args: list[Any] = list(site.node.args)
         for i in range(3):
             while _is_copy_for(args[i], site.node):
-                args[i] = args[i].args[0]
+                copy, args[i] = args[i], args[i].args[0]
                 num_absorbed += 1
                 site.node.args = tuple(args)
+                erase_dead([copy])
     return num_absorbed
 
 

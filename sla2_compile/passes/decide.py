@@ -15,7 +15,8 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, guard_or_false
 
 from sla2_compile.config import SLA2Config
-from sla2_compile.passes.find_attention import example_value
+from sla2_compile.passes.edit_graph import example_value
+from sla2_compile.passes.read_layout import num_tokens
 from sla2_compile.passes.sites import Site, size_hint
 from sla2_compile.validation import DTYPES, MAX_HEAD_DIM, MIN_HEAD_DIM
 
@@ -31,7 +32,7 @@ def decide(sites: list[Site], config: SLA2Config) -> int:
         # Short attention is not what the backend is for, so `strict` minds it only where a pattern names it.
         site.asked_for = not_chosen is None and (bool(config.include) or too_short is None)
         if obstacle is None:
-            site.verdict, (site.config, site.reason) = "sla2", _fit_token_grid(site, config)
+            site.verdict, (site.config, site.reason) = "sla2", _fit_layout(site, config)
         else:
             site.verdict, site.reason = "dense", obstacle
     return sum(site.verdict == "sla2" for site in sites)
@@ -48,6 +49,9 @@ def _not_chosen(name: str, config: SLA2Config) -> str | None:
 
 def _tensor_obstacle(site: Site) -> str | None:
     """What about q, k and v the op cannot take."""
+    if not site.arguments:
+        assert site.proposal is not None
+        return site.proposal.obstacle
     q, k, v = (example_value(site.arguments[name]) for name in ("query", "key", "value"))
     if not q.dim() == k.dim() == v.dim() == 4:
         return f"q, k, v have {q.dim()}, {k.dim()}, {v.dim()} dimensions, expected 4 (batch, heads, tokens, head dim)"
@@ -73,6 +77,8 @@ def _tensor_obstacle(site: Site) -> str | None:
 def _call_obstacle(site: Site) -> str | None:
     """What about the call's other arguments the op cannot take."""
     arguments = site.arguments
+    if site.proposal is not None and site.proposal.obstacle is not None:
+        return site.proposal.obstacle
     if isinstance(arguments["dropout_p"], Node) or arguments["dropout_p"] != 0:
         return "dropout in training"
     if arguments["is_causal"] is not False:
@@ -110,16 +116,27 @@ def _exact_tokens_obstacle(site: Site, config: SLA2Config) -> str | None:
     return None
 
 
-def _fit_token_grid(site: Site, config: SLA2Config) -> tuple[SLA2Config, str]:
-    """The config for this site, without a token grid that is not this sequence's; and the reason to show."""
-    if config.token_grid is None:
-        return config, "eligible"
-    t, h, w = config.token_grid
-    length = t * h * w + config.exact_prefix + config.exact_suffix
+def _fit_layout(site: Site, config: SLA2Config) -> tuple[SLA2Config, str]:
+    """The config for this site, with the exact tokens and the token grid that fit its sequence; and the reason to show.
+
+    What the user gives goes before what the graph shows.
+    """
+    reason = "eligible"
+    if not config.exact_prefix and not config.exact_suffix:
+        prefix, suffix = num_tokens(site.layout.prefix), num_tokens(site.layout.suffix)
+        config = dataclasses.replace(config, exact_prefix=prefix, exact_suffix=suffix)
+        exact = [f"{where} {count} tokens" for where, count in (("first", prefix), ("last", suffix)) if count]
+        reason += f", the {' and the '.join(exact)} exact (text)" if exact else ""
+    exact_tokens = config.exact_prefix + config.exact_suffix
+    grid = config.token_grid or site.layout.grid
+    if grid is None:
+        return config, f"{reason}, in raster order (token grid unknown)"
+    t, h, w = grid
+    length = t * h * w + exact_tokens
     if guard_or_false(site.q_shape[2] == length) and guard_or_false(site.kv_len == length):
-        return config, f"eligible, in tiles of the {t} x {h} x {w} grid"
-    note = f"eligible, in raster order: token_grid {t} x {h} x {w} is not the grid of {size_hint(site.kv_len)} tokens"
-    return dataclasses.replace(config, token_grid=None), note
+        return dataclasses.replace(config, token_grid=grid), f"{reason}, in tiles of the {t} x {h} x {w} grid"
+    note = f"token grid {t} x {h} x {w} is not that of {size_hint(site.kv_len) - exact_tokens} tokens"
+    return dataclasses.replace(config, token_grid=None), f"{reason}, in raster order ({note})"
 
 
 def _shape(x: Tensor) -> tuple[int, ...]:

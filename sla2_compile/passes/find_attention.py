@@ -3,19 +3,21 @@
     %out = call_function[scaled_dot_product_attention](%q, %k, %v, attn_mask=%mask)
     ->  Site(name="blocks.0.attn1", arguments={"query": %q, "key": %k, "value": %v, "attn_mask": %mask, ...})
 
-Graphs nested in the graph (a checkpointed block is one) are searched where they are used.
+Graphs nested in the graph (a checkpointed block is one) are searched where they are used. An attention that a
+normalising pass proposed counts like a call.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
+from sla2_compile.passes.edit_graph import example_value, nested_graph
+from sla2_compile.passes.proposals import Proposal
 from sla2_compile.passes.sites import Site
 
 # The signature of F.scaled_dot_product_attention, a builtin that inspect cannot read.
@@ -25,45 +27,49 @@ _DEFAULTS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": N
 ROOT_NAME = "root"
 
 
-def find_attention(gm: GraphModule) -> list[Site]:
-    """Every scaled dot product attention in `gm`, in the order of execution."""
+def find_attention(gm: GraphModule, proposals: Sequence[Proposal] = ()) -> list[Site]:
+    """Every attention in `gm`, in the order of execution.
+
+    Args:
+        gm: the graph; graphs nested in it are searched too.
+        proposals: what the normalising passes proposed in it.
+    """
+    by_attention = {proposal.attention or proposal.original: proposal for proposal in proposals}
     num_calls: Counter[str] = Counter()
     sites = []
-    for owner, node in attention_nodes(gm):
+    for owner, node in walk(gm):
+        proposal = by_attention.get(node)
+        if proposal is None and (node.op != "call_function" or node.target is not F.scaled_dot_product_attention):
+            continue
         name = module_path(node)
         ordinal = num_calls[name]
         num_calls[name] += 1
-        arguments = _DEFAULTS | dict(zip(_POSITIONAL, node.args, strict=False)) | dict(node.kwargs)
-        sites.append(
-            Site(
-                name=f"{name}#{ordinal}" if ordinal else name,
-                owner=owner,
-                node=node,
-                arguments=arguments,
-                q_shape=tuple(example_value(arguments["query"]).shape),
-                kv_len=example_value(arguments["key"]).shape[-2],
-            )
-        )
+        sites.append(_site(f"{name}#{ordinal}" if ordinal else name, owner, node, proposal))
     return sites
 
 
-def attention_nodes(gm: GraphModule) -> Iterator[tuple[GraphModule, Node]]:
-    """(graph that holds it, node) of every attention call in `gm` and the graphs nested in it."""
-    for node in gm.graph.nodes:
-        if node.op == "call_function" and node.target is F.scaled_dot_product_attention:
-            yield gm, node
-        elif node.op == "get_attr":
-            nested = gm
-            for part in node.target.split("."):
-                nested = getattr(nested, part)
-            if isinstance(nested, GraphModule):
-                yield from attention_nodes(nested)
+def _site(name: str, owner: GraphModule, node: Node, proposal: Proposal | None) -> Site:
+    if proposal is not None and proposal.attention is None:
+        return Site(name, owner, node, arguments={}, q_shape=(), kv_len=0, proposal=proposal)
+    arguments = _DEFAULTS | dict(zip(_POSITIONAL, node.args, strict=False)) | dict(node.kwargs)
+    q_shape = tuple(example_value(arguments["query"]).shape)
+    kv_len = example_value(arguments["key"]).shape[-2]
+    return Site(name, owner, node, arguments, q_shape, kv_len, proposal)
 
 
-def example_value(node: Any) -> Any:
-    """The fake tensor that tracing left on a node."""
-    meta = node.meta
-    return meta["example_value"] if "example_value" in meta else meta["val"]
+def walk(gm: GraphModule) -> Iterator[tuple[GraphModule, Node]]:
+    """(graph that holds it, node) of every node of `gm` and, where they are first used, of the graphs nested in it."""
+    seen: set[int] = set()
+
+    def visit(owner: GraphModule) -> Iterator[tuple[GraphModule, Node]]:
+        seen.add(id(owner))
+        for node in owner.graph.nodes:
+            yield owner, node
+            nested = nested_graph(owner, node)
+            if nested is not None and id(nested) not in seen:
+                yield from visit(nested)
+
+    return visit(gm)
 
 
 def module_path(node: Node) -> str:

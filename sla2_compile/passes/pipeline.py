@@ -10,23 +10,35 @@ from torch.fx import GraphModule
 
 from sla2_compile.config import SLA2Config
 from sla2_compile.passes.absorb_layout import absorb_layout
+from sla2_compile.passes.bind_state import bind_state
 from sla2_compile.passes.decide import decide
 from sla2_compile.passes.find_attention import find_attention
+from sla2_compile.passes.narrow_masks import narrow_masks
+from sla2_compile.passes.normalize_flex import normalize_flex
+from sla2_compile.passes.normalize_multi_head import normalize_multi_head
+from sla2_compile.passes.normalize_packages import normalize_packages
+from sla2_compile.passes.normalize_softmax import normalize_softmax
+from sla2_compile.passes.proposals import settle_proposals
+from sla2_compile.passes.read_layout import read_layouts, set_exact_tokens
 from sla2_compile.passes.rewrite_attention import rewrite_attention
 from sla2_compile.passes.sites import Site
 
 log = logging.getLogger("sla2_compile")
 
+# What proposes SDPA nodes for other spellings of attention, without changing what the graph computes.
+NORMALIZERS = (normalize_softmax, normalize_multi_head, normalize_flex, normalize_packages)
+
 # What runs on the sites that were found and decided, in this order.
-SITE_PASSES = (rewrite_attention, absorb_layout)
+SITE_PASSES = (settle_proposals, rewrite_attention, absorb_layout)
 
 
-def convert(gm: GraphModule, config: SLA2Config) -> list[Site]:
+def convert(gm: GraphModule, config: SLA2Config, *, sparsity_is_default: bool = False) -> list[Site]:
     """Rewrite the attention of `gm` in place.
 
     Args:
         gm: a torch-level graph, as Dynamo hands it to a backend.
         config: the user's settings.
+        sparsity_is_default: nobody chose a sparsity, so sites with learned state take the one they were calibrated for.
 
     Returns:
         Every attention site that was found, converted or not.
@@ -34,7 +46,10 @@ def convert(gm: GraphModule, config: SLA2Config) -> list[Site]:
     Raises:
         ValueError: under `config.strict`, where a site that was asked for cannot be converted.
     """
-    sites = find_attention(gm)
+    proposals = [proposal for owner in _graphs(gm) for normalize in NORMALIZERS for proposal in normalize(owner)]
+    sites = find_attention(gm, proposals)
+    narrow_masks(sites)
+    read_layouts(gm, sites, config)
     decide(sites, config)
     if config.strict:
         _insist(sites)
@@ -44,6 +59,10 @@ def convert(gm: GraphModule, config: SLA2Config) -> list[Site]:
         if num_rewrites:
             _clean_up(gm)
         log.debug("%s: %d rewrites; %s", site_pass.__name__, num_rewrites, _describe_change(before, _targets(gm)))
+    if bind_state(gm, sites, config, sparsity_is_default=sparsity_is_default):
+        _clean_up(gm)
+    if set_exact_tokens(sites):
+        _clean_up(gm)
     for site in sites:
         log.info("%s: %s (%s)", site.name, site.verdict, site.reason)
     return sites
@@ -65,7 +84,6 @@ def _graphs(gm: GraphModule) -> Iterator[GraphModule]:
 
 def _clean_up(gm: GraphModule) -> None:
     for graph_module in _graphs(gm):
-        graph_module.graph.eliminate_dead_code()
         graph_module.graph.lint()
         graph_module.recompile()
 

@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from sla2_compile.functional import config_arguments
 from sla2_compile.kernels.settings import empty_output
-from sla2_compile.passes.find_attention import example_value
+from sla2_compile.passes.edit_graph import erase_dead, example_value
 from sla2_compile.passes.sites import Site
 
 # Methods that give a view of their tensor, so that a `view` further down still depends on the attention's strides.
@@ -43,7 +43,7 @@ def _rewrite(site: Site) -> None:
     if value.stride() != new.meta[key].stride():
         _allow_other_strides(old)
     old.replace_all_uses_with(new)
-    site.owner.graph.erase_node(old)
+    erase_dead([old])
     site.node = new
 
 

@@ -9,25 +9,64 @@ from torch.fx import GraphModule, Node
 
 from sla2_compile.config import SLA2Config
 from sla2_compile.kernels.blocks import delivered_sparsity, exact_query_blocks, max_kept_blocks, num_blocks
+from sla2_compile.passes.proposals import Proposal
+from sla2_compile.passes.trace_axes import Axis
 
 Verdict = Literal["sla2", "dense"]
 
 
 @dataclass
+class Binding:
+    """The module call that a site was traced in, where that module is marked by `prepare`.
+
+    Args:
+        name: path of the module, known in dry runs only; blocks that share a graph have none.
+        ordinal: which attention call of that module call the site is.
+        num_calls: how many it has.
+        calibrated_sparsity: what the site's learned state was calibrated for and runs at; None without such state.
+    """
+
+    name: str
+    ordinal: int
+    num_calls: int
+    calibrated_sparsity: float | None = None
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """What the graph shows of a site's sequence.
+
+    Args:
+        prefix: the parts that were joined before the video or picture: text.
+        suffix: the parts that were joined after it.
+        grid: (frames, height, width) of the video or picture; None where the graph does not show it.
+    """
+
+    prefix: tuple[Axis, ...] = ()
+    suffix: tuple[Axis, ...] = ()
+    grid: tuple[int, int, int] | None = None
+
+
+@dataclass
 class Site:
-    """One call of scaled dot product attention in a traced graph.
+    """One attention in a traced graph, called as scaled dot product attention or spelled otherwise.
 
     Args:
         name: path of the module that owns the call (`blocks.0.attn1`); `#1` and so on for its further calls.
         owner: the graph that holds `node`.
-        node: the attention node; after the rewrite, the one that replaced it.
-        arguments: its arguments by the names of F.scaled_dot_product_attention, nodes and constants.
+        node: the attention node; after the rewrite, the one that replaced it. Where the site stays dense and is spelled
+            otherwise, the node that gives its output.
+        arguments: its arguments by the names of F.scaled_dot_product_attention, nodes and constants; empty where the
+            graph does not hold all of it.
         q_shape: (B, H, N, D) of the queries, plain or symbolic integers; of another rank where it is no batch of heads.
         kv_len: number of keys.
+        layout: what the graph shows of its tokens.
+        proposal: how the model spells it, and the SDPA node that would stand for it; None where it calls SDPA itself.
         verdict: "sla2" or "dense"; "dense" until `decide` has seen it.
         reason: why, in plain words.
         asked_for: the config names it or it is long enough, so `strict` insists on it.
         config: what it is converted with; differs from the user's where a setting does not apply here.
+        binding: the marked module call it belongs to; None where there is none.
     """
 
     name: str
@@ -36,10 +75,13 @@ class Site:
     arguments: dict[str, Any]
     q_shape: tuple[Any, ...]
     kv_len: Any
+    proposal: Proposal | None = None
+    layout: TokenLayout = TokenLayout()
     verdict: Verdict = "dense"
     reason: str = "not looked at"
     asked_for: bool = False
     config: SLA2Config | None = None
+    binding: Binding | None = None
 
     @property
     def requested_sparsity(self) -> float:

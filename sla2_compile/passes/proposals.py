@@ -1,0 +1,85 @@
+"""`Proposal`: an attention that the model spells in other ways, written as an SDPA node beside the original.
+
+The normalising passes only propose. Once every site is decided, `settle_proposals` puts the chosen ones in place of
+the originals and takes the others back, so that what stays dense is what the model's author wrote, bit for bit:
+
+    %p = softmax(%q @ %k.mT * 0.125);  %out = %p @ %v                                  what the model has
+    %a = scaled_dot_product_attention(%q, %k, %v, scale=0.125)                         proposed, without users
+    ->  chosen: %a in place of %out, whose chain goes;   not chosen: %a goes
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch.fx import GraphModule, Node
+
+from sla2_compile.passes.edit_graph import erase_dead, example_value
+from sla2_compile.passes.shapes import same_shape
+
+if TYPE_CHECKING:
+    from sla2_compile.passes.sites import Site
+
+
+@dataclass
+class Proposal:
+    """One attention, as the model has it and as an SDPA node.
+
+    Args:
+        owner: the graph that holds the nodes.
+        original: the node whose value the model reads.
+        attention: the SDPA node; None where no such node can stand for the original.
+        result: what takes the original's place: `attention`, or what follows it.
+        chain: the nodes that become dead with the original, in order.
+        obstacle: why the original must stay although it is attention; None where nothing speaks against it.
+    """
+
+    owner: GraphModule
+    original: Node
+    attention: Node | None
+    result: Node | None
+    chain: list[Node] = field(default_factory=list)
+    obstacle: str | None = None
+
+
+def settle_proposals(sites: list[Site]) -> int:
+    """Put the proposals of sites that become SLA2 in their place, and erase the others; how many were put in place."""
+    num_taken = 0
+    for site in sites:
+        if site.verdict == "sla2":
+            if site.proposal is not None:
+                _take(site.proposal)
+                num_taken += 1
+            continue
+        if site.proposal is not None:
+            site.node = site.proposal.original
+            if site.proposal.result is not None:
+                erase_dead([site.proposal.result])
+        # A mask that was narrowed for the decision has no user now.
+        mask = site.arguments.get("attn_mask")
+        if isinstance(mask, Node):
+            erase_dead([mask])
+    return num_taken
+
+
+def _take(proposal: Proposal) -> None:
+    original, result = proposal.original, proposal.result
+    assert result is not None
+    assert proposal.attention is not None
+    original.replace_all_uses_with(result)
+    if result.target == "flatten":
+        _skip_merge_of_heads(result)
+    erase_dead([*reversed(proposal.chain), original], also=[*proposal.chain, original])
+
+
+def _skip_merge_of_heads(merged: Node) -> None:
+    """Where (B*H, N, D) is split into (B, H, N, D) again at once, read what was merged instead: a merge is a copy."""
+    split = merged.args[0]
+    assert isinstance(split, Node)
+    for user in list(merged.users):
+        is_split = user.op == "call_method" and user.target in ("view", "reshape", "unflatten")
+        if is_split and same_shape(example_value(user).shape, example_value(split).shape):
+            user.replace_all_uses_with(split)
+            erase_dead([user])
+    erase_dead([merged])
