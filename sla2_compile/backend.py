@@ -55,14 +55,14 @@ def build_backend(
     Args:
         config: the settings.
         compile_graph: what compiles the rewritten graph, for example Inductor or `aot_eager`.
-        sparsity_is_default: nobody chose the sparsity: sites take the one they were calibrated for, the others a cautious
+        sparsity_is_default: nobody chose the sparsity: sites take what they were calibrated for, the others a cautious
             one, which is announced.
     """
 
     def backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         sites = convert(gm, config, sparsity_is_default=sparsity_is_default)
         _report_unconverted(gm, sites, config)
-        if sparsity_is_default and any(site.verdict == "sla2" and site.calibrated_sparsity is None for site in sites):
+        if sparsity_is_default and any(site.verdict == "sla2" and not _is_calibrated(site) for site in sites):
             warnings.warn(
                 f"sla2: no sparsity was given, so the cautious default of {config.sparsity} is used; pass "
                 'options={"sparsity": ...} to choose one, or let sla2_compile.calibrate learn the routing for it',
@@ -71,6 +71,10 @@ def build_backend(
         return compile_graph(gm, example_inputs)
 
     return backend
+
+
+def _is_calibrated(site: Site) -> bool:
+    return site.binding is not None and site.binding.calibrated_sparsity is not None
 
 
 def _report_unconverted(gm: GraphModule, sites: list[Site], config: SLA2Config) -> None:

@@ -36,7 +36,7 @@ _FILL = {"masked_fill", "masked_fill_"}
 _CASTS = {"float", "half", "bfloat16", "double", "to", "type", "type_as"}
 _COPIES = {"contiguous", "clone"}
 _RESHAPES = {"view", "reshape", "unflatten", "flatten"}
-_SWAPS = {"transpose", "permute", "swapaxes", "swapdims", "movedim", "mT"}
+PERMUTATIONS = {"transpose", "permute", "swapaxes", "swapdims"}
 _MAXIMA = {"amax", "max"}
 _SIZES = {"size", "dim", "stride", "numel", "is_contiguous"}
 
@@ -201,8 +201,8 @@ def _advance(chain: ScoreChain, user: Node) -> ScoreChain | None:
         return _dropout(further, user)
     if name in _RESHAPES:
         return _reshape(further, chain, value)
-    if name in _SWAPS:
-        return _swap(further, chain, value, user)
+    if name in PERMUTATIONS:
+        return _swap(further, chain, user)
     if not same_shape(value.shape, example_value(chain.node).shape):
         return None
     return further.blocked(f"its {_what(chain)} pass through {name}")
@@ -336,18 +336,27 @@ def _reshape(further: ScoreChain, chain: ScoreChain, value: Tensor) -> ScoreChai
     return None
 
 
-def _swap(further: ScoreChain, chain: ScoreChain, value: Tensor, user: Node) -> ScoreChain | None:
-    rank = len(chain.axes)
-    if user.target == "permute":
-        dims = user.args[1] if isinstance(user.args[1], (tuple, list)) else user.args[1:]
-        order = [int(dim) % rank for dim in dims]  # type: ignore[arg-type]
-    elif user.target in ("transpose", "swapaxes", "swapdims"):
-        first, second = (int(x) % rank for x in user.args[1:3])  # type: ignore[arg-type]
-        order = list(range(rank))
-        order[first], order[second] = second, first
-    else:
-        return None
-    return dataclasses.replace(further, axes=tuple(chain.axes[i] for i in order))
+def _swap(further: ScoreChain, chain: ScoreChain, user: Node) -> ScoreChain | None:
+    order = permutation(user, len(chain.axes))
+    return None if order is None else dataclasses.replace(further, axes=tuple(chain.axes[i] for i in order))
+
+
+def permutation(node: Node, rank: int) -> list[int] | None:
+    """The order in which a permute or transpose takes the dimensions of its input; None where it is not plain."""
+    name, args = op_name(node), [*node.args[1:], *node.kwargs.values()]
+    if name == "permute":
+        args = list(args[0]) if args and isinstance(args[0], (tuple, list)) else args
+        return [dim % rank for dim in args] if _are_dims(args, rank) else None
+    order = list(range(rank))
+    if _are_dims(args, 2):
+        first, second = args
+        order[first], order[second] = order[second], order[first]
+        return order
+    return None
+
+
+def _are_dims(args: list[Any], number: int) -> bool:
+    return len(args) == number and all(isinstance(arg, int) for arg in args)
 
 
 def _skip_shift(chain: ScoreChain, users: list[Node]) -> ScoreChain | None:

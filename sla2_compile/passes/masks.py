@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from sla2_compile.passes.edit_graph import Builder, example_value
-from sla2_compile.passes.follow_scores import argument, constant, hides, op_name
+from sla2_compile.passes.follow_scores import PERMUTATIONS, argument, constant, hides, op_name, permutation
 from sla2_compile.passes.shapes import same_size
 
 # Deeper than any mask is built.
@@ -83,7 +83,8 @@ def _kept_of_added(mask: Node, build: Builder, depth: int) -> Node | None:
     if name == "mul" and len(mask.args) == 2 and hides(mask.args[1], dtype):
         return _kept_of_complement(mask.args[0])
     if name in _VIEWS | _CASTS and mask.all_input_nodes == [mask.args[0]]:
-        inner = _kept_of_added(mask.args[0], build, depth + 1)
+        (source,) = mask.all_input_nodes
+        inner = _kept_of_added(source, build, depth + 1)
         if inner is None or name in _CASTS:
             return inner
         if name == "getitem":
@@ -127,16 +128,15 @@ def constant_dims(node: Node, depth: int = 0) -> set[int]:
     source = example_value(base)
     inner = constant_dims(base, depth + 1)
     if name == "unsqueeze":
-        at = int(node.args[1]) % rank  # type: ignore[arg-type]
+        at = argument(node, 1, "dim", 0) % rank
         return {at} | {i + (i >= at) for i in inner}
     if name == "getitem":
         return single | _after_index(node.args[1], inner, source.dim(), rank)
     if name == "repeat" and len(node.args) == rank + 1 == source.dim() + 1:
         return inner
-    if name in ("transpose", "swapaxes"):
-        first, second = (int(x) % rank for x in node.args[1:3])  # type: ignore[arg-type]
-        swap = {first: second, second: first}
-        return {swap.get(i, i) for i in inner}
+    if name in PERMUTATIONS:
+        order = permutation(node, rank)
+        return single if order is None else {i for i in range(rank) if order[i] in inner}
     if name in ("view", "reshape"):
         return single | _after_view(inner, source.shape, value.shape)
     return single

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from sla2_compile.passes.edit_graph import example_value, nested_graph
-from sla2_compile.passes.follow_scores import argument, op_name
+from sla2_compile.passes.follow_scores import PERMUTATIONS, argument, op_name, permutation
 from sla2_compile.passes.shapes import same_product, same_size
 
 _CONVOLUTIONS = {"conv1d", "conv2d", "conv3d"}
@@ -146,8 +146,8 @@ def _axes_of_call(node: Node, known: AxesOf) -> Any:
         return _aligned(node, value, known)
     if name in _REGROUPINGS:
         return _regrouped(node, before, value)
-    if name in ("permute", "transpose", "swapaxes", "swapdims", "movedim"):
-        return _permuted(node, name, before)
+    if name in PERMUTATIONS:
+        return _permuted(node, before)
     if name in ("unsqueeze", "squeeze", "getitem"):
         return _indexed(node, name, before, value)
     if name in _PRODUCTS:
@@ -198,24 +198,15 @@ def _split(node: Node, before: Axes) -> Any:
     )
 
 
-def _permuted(node: Node, name: str, before: Axes) -> Any:
-    args: list[Any] = list(node.args[1:])
-    rank = len(before)
-    if name == "permute":
-        order = list(args[0]) if args and isinstance(args[0], (tuple, list)) else args
-        return [before[i] for i in order] if len(order) == rank else _fresh(node)
-    if name == "movedim" or len(args) != 2 or not all(isinstance(x, int) for x in args):
-        return _fresh(node)
-    axes = list(before)
-    first, second = (x % rank for x in args)
-    axes[first], axes[second] = axes[second], axes[first]
-    return axes
+def _permuted(node: Node, before: Axes) -> Axes:
+    order = permutation(node, len(before))
+    return _fresh(node) if order is None else [before[i] for i in order]  # type: ignore[no-any-return]
 
 
 def _indexed(node: Node, name: str, before: Axes, value: Tensor) -> Any:
     fresh = _fresh(node)
     if name == "unsqueeze":
-        at = int(node.args[1]) % value.dim()  # type: ignore[arg-type]
+        at = argument(node, 1, "dim", 0) % value.dim()
         return [*before[:at], fresh[at], *before[at:]]
     if name == "squeeze":
         kept = [axis for axis in before if not same_size(axis.size, 1)]
