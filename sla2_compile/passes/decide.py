@@ -125,8 +125,8 @@ def _fit_layout(site: Site, config: SLA2Config) -> tuple[SLA2Config, str]:
     if not config.exact_prefix and not config.exact_suffix:
         prefix, suffix = num_tokens(site.layout.prefix), num_tokens(site.layout.suffix)
         config = dataclasses.replace(config, exact_prefix=prefix, exact_suffix=suffix)
-        exact = [f"{where} {count} tokens" for where, count in (("first", prefix), ("last", suffix)) if count]
-        reason += f", the {' and the '.join(exact)} exact (text)" if exact else ""
+        exact = [_ends(where, count) for where, count in (("first", prefix), ("last", suffix)) if count]
+        reason += f", keeping {' and '.join(exact)} exact" if exact else ""
     exact_tokens = config.exact_prefix + config.exact_suffix
     grid = config.token_grid or site.layout.grid
     if grid is None:
@@ -137,6 +137,10 @@ def _fit_layout(site: Site, config: SLA2Config) -> tuple[SLA2Config, str]:
         return dataclasses.replace(config, token_grid=grid), f"{reason}, in tiles of the {t} x {h} x {w} grid"
     note = f"token grid {t} x {h} x {w} is not that of {size_hint(site.kv_len) - exact_tokens} tokens"
     return dataclasses.replace(config, token_grid=None), f"{reason}, in raster order ({note})"
+
+
+def _ends(where: str, count: int) -> str:
+    return f"the {where} token" if count == 1 else f"the {where} {count} tokens"
 
 
 def _shape(x: Tensor) -> tuple[int, ...]:

@@ -343,7 +343,7 @@ def _swap(further: ScoreChain, chain: ScoreChain, user: Node) -> ScoreChain | No
 
 def permutation(node: Node, rank: int) -> list[int] | None:
     """The order in which a permute or transpose takes the dimensions of its input; None where it is not plain."""
-    name, args = op_name(node), [*node.args[1:], *node.kwargs.values()]
+    name, args = op_name(node), list[Any]([*node.args[1:], *node.kwargs.values()])
     if name == "permute":
         args = list(args[0]) if args and isinstance(args[0], (tuple, list)) else args
         return [dim % rank for dim in args] if _are_dims(args, rank) else None

@@ -119,6 +119,8 @@ def constant_dims(node: Node, depth: int = 0) -> set[int]:
     name = op_name(node)
     if name in _FILLS:
         return set(range(rank))
+    if name == "ge" and node.args[1] == 0 and _counts_up(node.args[0]):
+        return set(range(rank))
     if name in _POINTWISE or name in ("expand", "expand_as"):
         operands = node.all_input_nodes[:1] if name.startswith("expand") else node.all_input_nodes
         return single | _common(operands, rank, depth)
@@ -140,6 +142,19 @@ def constant_dims(node: Node, depth: int = 0) -> set[int]:
     if name in ("view", "reshape"):
         return single | _after_view(inner, source.shape, value.shape)
     return single
+
+
+def _counts_up(x: Any) -> bool:
+    """Whether a node holds positions 0, 1, 2 ..., moved forward or viewed: none is negative."""
+    while isinstance(x, Node):
+        name = op_name(x)
+        if name == "arange":
+            return len(x.args) == 1 and "start" not in x.kwargs
+        is_moved = name == "add" and isinstance(x.args[1], int) and x.args[1] >= 0
+        if not is_moved and not (name in _VIEWS | {"to", "long", "int"} and x.all_input_nodes == [x.args[0]]):
+            return False
+        x = x.args[0]
+    return False
 
 
 def _common(operands: list[Node], rank: int, depth: int) -> set[int]:

@@ -62,7 +62,7 @@ def _grid(axis: Axis) -> tuple[int, int, int] | None:
     while len(factors) > 3 and factors[0].size == 1:
         factors.pop(0)
     sizes = [factor.size for factor in factors]
-    if not all(isinstance(size, int) for size in sizes):
+    if not all(isinstance(size, int) for size in sizes) or sum(size > 1 for size in sizes) < 2:
         return None
     if len(sizes) == 2 and all(factor.is_spatial for factor in factors):
         return 1, sizes[0], sizes[1]

@@ -132,6 +132,9 @@ def _axes_of_call(node: Node, known: AxesOf) -> Any:
         return own if own is not None else _fresh(node)
     if name in _SPLITS and isinstance(before, list):
         return _split(node, before)
+    if name == "unbind" and isinstance(before, list) and isinstance(value, (tuple, list)):
+        dim = argument(node, 1, "dim", 0) % len(before)
+        return tuple([*before[:dim], *before[dim + 1 :]] for _ in value)
     if not isinstance(value, Tensor):
         return _fresh(node)
     if name in ("cat", "concat", "concatenate"):
@@ -200,7 +203,7 @@ def _split(node: Node, before: Axes) -> Any:
 
 def _permuted(node: Node, before: Axes) -> Axes:
     order = permutation(node, len(before))
-    return _fresh(node) if order is None else [before[i] for i in order]  # type: ignore[no-any-return]
+    return _fresh(node) if order is None else [before[i] for i in order]
 
 
 def _indexed(node: Node, name: str, before: Axes, value: Tensor) -> Any:
@@ -250,6 +253,10 @@ def _regrouped(node: Node, before: Axes, value: Tensor) -> Axes:
     axes: Axes = []
     i = j = 0
     while i < len(before) and j < value.dim():
+        if same_size(value.shape[j], 1) and not same_size(sizes[i], 1):
+            axes.append(fresh[j])
+            j += 1
+            continue
         old, new = _next_run(sizes[i:], list(value.shape[j:]))
         if old == 0:
             return [*axes, *fresh[len(axes) :]]
