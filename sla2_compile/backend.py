@@ -19,10 +19,11 @@ from torch.fx import GraphModule
 
 import sla2_compile.ops  # noqa: F401  (registers the operators)
 from sla2_compile.config import SLA2Config
+from sla2_compile.dense import CompileGraph, copy_graph, with_dense_twin
+from sla2_compile.passes.decide import check_patterns
+from sla2_compile.passes.find_broken_attention import is_whole_model
 from sla2_compile.passes.pipeline import convert
 from sla2_compile.passes.sites import Site
-
-CompileGraph = Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
 
 
 def sla2(
@@ -60,7 +61,10 @@ def build_backend(
     """
 
     def backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        original = copy_graph(gm)
         sites = convert(gm, config, sparsity_is_default=sparsity_is_default)
+        if sites and is_whole_model(gm):
+            check_patterns([site.name for site in sites], config)
         _report_unconverted(gm, sites, config)
         if sparsity_is_default and any(site.verdict == "sla2" and not _is_calibrated(site) for site in sites):
             warnings.warn(
@@ -68,7 +72,10 @@ def build_backend(
                 'options={"sparsity": ...} to choose one, or let sla2_compile.calibrate learn the routing for it',
                 stacklevel=2,
             )
-        return compile_graph(gm, example_inputs)
+        compiled = compile_graph(gm, example_inputs)
+        if not any(site.verdict == "sla2" for site in sites):
+            return compiled
+        return with_dense_twin(compiled, original, example_inputs, compile_graph)
 
     return backend
 
@@ -79,7 +86,7 @@ def _is_calibrated(site: Site) -> bool:
 
 def _report_unconverted(gm: GraphModule, sites: list[Site], config: SLA2Config) -> None:
     """Say once that nothing became SLA2; an error under `strict` where the graph is the whole model."""
-    if any(site.verdict == "sla2" for site in sites) or (not sites and not _is_whole_model(gm)):
+    if any(site.verdict == "sla2" for site in sites) or (not sites and not is_whole_model(gm)):
         return
     if sites:
         reasons = "; ".join(sorted({site.reason for site in sites}))
@@ -93,15 +100,6 @@ def _report_unconverted(gm: GraphModule, sites: list[Site], config: SLA2Config) 
     warnings.warn(
         f"sla2: {what}; it runs as with Inductor. sla2_compile.explain(model, ...) lists the sites", stacklevel=2
     )
-
-
-def _is_whole_model(gm: GraphModule) -> bool:
-    """Whether the graph is all of what was compiled, not a part between graph breaks."""
-    reason = getattr(gm, "compile_subgraph_reason", None)
-    if reason is None:
-        return True
-    resumed = bool(reason.user_stack) and reason.user_stack[-1].name.startswith("torch_dynamo_resume")
-    return not reason.graph_break and not resumed
 
 
 def _mode_options(mode: str | None) -> dict[str, Any]:

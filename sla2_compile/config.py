@@ -44,6 +44,8 @@ class SLA2Config:
         exact_suffix: tokens at its end that stay exact.
         infer_layout: where exact_prefix and exact_suffix are 0, or token_grid is None, take what the graph shows: the
             length of the text that is joined with a video or picture, and the grid its tokens come from.
+        site_sparsity: sparsity by pattern of site names, {"blocks.0.*": 0.5}; the first pattern that matches decides,
+            and sites that none matches have `sparsity`.
         include: patterns (fnmatch) of site names to convert; empty means all.
         exclude: patterns of site names to leave dense.
         strict: raise where a site that was asked for cannot be converted, instead of leaving it dense.
@@ -66,6 +68,7 @@ class SLA2Config:
     exact_prefix: int = 0
     exact_suffix: int = 0
     infer_layout: bool = True
+    site_sparsity: tuple[tuple[str, float], ...] = ()
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     strict: bool = False
@@ -86,6 +89,7 @@ class SLA2Config:
         _check_choice(self, "infer_layout", (False, True), "False takes only what is given")
         for name in ("include", "exclude"):
             object.__setattr__(self, name, _as_patterns(name, getattr(self, name)))
+        object.__setattr__(self, "site_sparsity", _as_site_sparsity(self.site_sparsity))
         object.__setattr__(self, "token_grid", _as_grid(self.token_grid))
 
     @classmethod
@@ -111,6 +115,18 @@ class SLA2Config:
 
 def _fail(kind: type[Exception], name: str, expected: str, got: object, remedy: str) -> NoReturn:
     raise kind(f"{name}: expected {expected}, got {got!r}; {remedy}")
+
+
+def _as_site_sparsity(value: Any) -> tuple[tuple[str, float], ...]:
+    expected, remedy = "a mapping of site-name patterns to sparsities", 'for example {"blocks.0.*": 0.5}'
+    pairs = tuple(value.items()) if isinstance(value, Mapping) else value
+    if not isinstance(pairs, tuple) or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in pairs):
+        _fail(TypeError, "site_sparsity", expected, value, remedy)
+    for pattern, sparsity in pairs:
+        if not isinstance(pattern, str):
+            _fail(TypeError, "site_sparsity", expected, value, remedy)
+        _check_sparsity(sparsity)
+    return pairs
 
 
 def _check_sparsity(value: Any) -> None:

@@ -16,6 +16,7 @@ import sla2_compile.ops  # noqa: F401  (registers the operators)
 from sla2_compile.config import SLA2Config
 from sla2_compile.kernels.blocked_routing import kept_block_mask
 from sla2_compile.kernels.blocks import num_blocks
+from sla2_compile.passes.decide import check_patterns
 from sla2_compile.passes.pipeline import convert
 from sla2_compile.passes.sites import Site, size_hint
 
@@ -100,7 +101,8 @@ def explain(model: Callable[..., Any], *args: Any, config: SLA2Config | None = N
         The report: `print(report)`, `report.to_dict()`, `report.to_html()`.
 
     Raises:
-        ValueError: under `config.strict`, where a site that was asked for cannot be converted.
+        ValueError: a pattern of the config that matches no site; under `config.strict`, where a site that was asked for
+            cannot be converted.
     """
     report = Report()
     settings = SLA2Config() if config is None else config
@@ -123,6 +125,7 @@ def explain(model: Callable[..., Any], *args: Any, config: SLA2Config | None = N
         torch._dynamo.config.patch(recompile_limit=_NO_LIMIT, accumulated_recompile_limit=_NO_LIMIT),
     ):
         torch.compile(uncompiled, backend=backend, dynamic=False)(*args, **kwargs)
+    check_patterns([found.site.name for found in report.sites], settings)
     return report
 
 

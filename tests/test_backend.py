@@ -213,3 +213,11 @@ def test_the_cache_tag_follows_the_sources_and_is_restored() -> None:
     before = torch.compiler.config.cache_key_tag
     torch.compile(Attention(), backend="sla2", options=SMALL_OPTIONS)(tokens())
     assert torch.compiler.config.cache_key_tag == before
+
+
+@pytest.mark.parametrize("option", ["exclude", "include", "site_sparsity"])
+def test_a_pattern_that_matches_nothing_is_an_error_that_lists_the_names(option: str) -> None:
+    value: Any = {"blocks.7": 0.5} if option == "site_sparsity" else ["blocks.7"]
+    config = SLA2Config(sparsity=0.5, block_q=16, block_k=16, min_seq_len=0, **{option: value})
+    with pytest.raises(Exception, match=rf"{option}: expected patterns .*'blocks.7'.*blocks.0, blocks.1"):
+        compile_aot(Blocks(), config)(tokens())

@@ -25,6 +25,7 @@ def test_the_defaults_are_cautious_and_full_precision() -> None:
         "exact_prefix": 0,
         "exact_suffix": 0,
         "infer_layout": True,
+        "site_sparsity": (),
         "include": (),
         "exclude": (),
         "strict": False,

@@ -209,3 +209,23 @@ def test_the_doctor_names_versions_devices_kernels_and_why_not(capsys: pytest.Ca
     if not torch.cuda.is_available():
         assert "no CUDA device" in out
         assert "emulated" in out
+
+
+def test_a_pattern_that_matches_nothing_is_an_error_in_explain_too() -> None:
+    config = SLA2Config(exclude=("attn3",), min_seq_len=0)
+    with pytest.raises(ValueError, match=r"exclude: .*'attn3'.*attn1, attn2"):
+        sla2_compile.explain(SelfAndCross(), tokens(128), tokens(16), config=config)
+
+
+def test_attention_in_other_spellings_is_explained_and_runs() -> None:
+    class Spelled(nn.Module):
+        def forward(self, q: Tensor) -> tuple[Tensor, Tensor]:
+            probs = (q @ q.transpose(-1, -2)).softmax(-1)
+            kept = (q @ q.transpose(-1, -2)).softmax(-1)
+            return (probs @ q).transpose(1, 2), kept.matmul(q) + kept.sum()
+
+    report = sla2_compile.explain(Spelled(), torch.randn(1, 2, 128, 16), config=CONFIG)
+    found = [(site["verdict"], site["num_calls"]) for site in report.to_dict()["sites"]]
+    assert found == [("sla2", 1), ("dense", 1)]
+    assert report.sites[0].mask is not None
+    assert report.to_dict()["sites"][1]["reason"] == "its probabilities are used elsewhere"

@@ -310,3 +310,31 @@ def test_finding_changes_nothing() -> None:
     before = str(gm.graph)
     assert len(find_attention(gm)) == 1
     assert str(gm.graph) == before
+
+
+# Choosing sites
+
+
+def test_sparsity_can_be_chosen_by_site() -> None:
+    config = SLA2Config(site_sparsity={"blocks.0": 0.25, "blocks.*": 0.75}, block_q=16, block_k=16, min_seq_len=0)
+    sites, backend = convert_model(Blocks(), tokens(), config=config)
+    assert [site.requested_sparsity for site in sites] == [0.25, 0.75]
+    nodes = [node for node in backend.graphs[0].graph.nodes if node.target is SLA2_OP]
+    assert [node.kwargs["sparsity_units"] for node in nodes] == [250_000, 750_000]
+
+
+def test_attention_that_a_graph_break_cuts_is_reported() -> None:
+    def cut_after_softmax(q: Tensor) -> Tensor:
+        probs = (q @ q.transpose(-1, -2)).softmax(-1)
+        torch._dynamo.graph_break()
+        return probs @ q
+
+    def cut_before_softmax(q: Tensor) -> Tensor:
+        scores = q @ q.transpose(-1, -2)
+        torch._dynamo.graph_break()
+        return (scores * 0.25).softmax(-1) @ q
+
+    for function in (cut_after_softmax, cut_before_softmax):
+        torch._dynamo.reset()
+        sites, _ = convert_model(function, heads(64))
+        assert [(site.verdict, site.reason) for site in sites] == [("dense", "a graph break between its two products")]

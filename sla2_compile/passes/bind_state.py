@@ -165,7 +165,7 @@ def _choose(site: Site, call: CallSettings, sparsity_is_default: bool) -> tuple[
     config = site.config
     assert config is not None
     units = config.sparsity_units
-    if sparsity_is_default and call.default_units is not None:
+    if sparsity_is_default and not site.has_own_sparsity and call.default_units is not None:
         units = call.default_units
     entry = call.nearest(units)
     problems: list[str] = []

@@ -32,10 +32,31 @@ def decide(sites: list[Site], config: SLA2Config) -> int:
         # Short attention is not what the backend is for, so `strict` minds it only where a pattern names it.
         site.asked_for = not_chosen is None and (bool(config.include) or too_short is None)
         if obstacle is None:
-            site.verdict, (site.config, site.reason) = "sla2", _fit_layout(site, config)
+            site.verdict, (site.config, site.reason) = "sla2", _fit_layout(site, _site_config(site.name, config))
         else:
             site.verdict, site.reason = "dense", obstacle
     return sum(site.verdict == "sla2" for site in sites)
+
+
+def check_patterns(names: list[str], config: SLA2Config) -> None:
+    """Raise ValueError for a pattern of the config that matches none of the names of all sites of a model."""
+    patterns = {"include": config.include, "exclude": config.exclude, "site_sparsity": dict(config.site_sparsity)}
+    for option, given in patterns.items():
+        for pattern in given:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ValueError(
+                    f"{option}: expected patterns that match attention sites, got {pattern!r}, which matches none of "
+                    f"{', '.join(dict.fromkeys(names)) or 'no sites'}; parts of a model that are compiled on their own "
+                    "have names of their own"
+                )
+
+
+def _site_config(name: str, config: SLA2Config) -> SLA2Config:
+    """The config with the sparsity that the first matching pattern gives this site."""
+    for pattern, sparsity in config.site_sparsity:
+        if fnmatchcase(name, pattern):
+            return dataclasses.replace(config, sparsity=sparsity)
+    return config
 
 
 def _not_chosen(name: str, config: SLA2Config) -> str | None:

@@ -13,6 +13,7 @@ from sla2_compile.passes.absorb_layout import absorb_layout
 from sla2_compile.passes.bind_state import bind_state
 from sla2_compile.passes.decide import decide
 from sla2_compile.passes.find_attention import find_attention
+from sla2_compile.passes.find_broken_attention import find_broken_attention
 from sla2_compile.passes.narrow_masks import narrow_masks
 from sla2_compile.passes.normalize_flex import normalize_flex
 from sla2_compile.passes.normalize_multi_head import normalize_multi_head
@@ -47,6 +48,7 @@ def convert(gm: GraphModule, config: SLA2Config, *, sparsity_is_default: bool = 
         ValueError: under `config.strict`, where a site that was asked for cannot be converted.
     """
     proposals = [proposal for owner in _graphs(gm) for normalize in NORMALIZERS for proposal in normalize(owner)]
+    proposals += find_broken_attention(gm, proposals)
     sites = find_attention(gm, proposals)
     narrow_masks(sites)
     read_layouts(gm, sites, config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from torch.fx import GraphModule, Node
@@ -87,6 +88,12 @@ class Site:
     def requested_sparsity(self) -> float:
         """What the config asks for; 0 where the site stays dense."""
         return self.config.sparsity if self.config is not None and self.verdict == "sla2" else 0.0
+
+    @property
+    def has_own_sparsity(self) -> bool:
+        """Whether a pattern of the config chose its sparsity."""
+        patterns = () if self.config is None else self.config.site_sparsity
+        return any(fnmatchcase(self.name, pattern) for pattern, _ in patterns)
 
     @property
     def delivered_sparsity(self) -> float:

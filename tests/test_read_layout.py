@@ -1,0 +1,216 @@
+"""What the graph shows of a sequence: the text that is joined with a video, and the grid of the video's tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_models import HEADS, WIDTH, KeepGraphs, tokens
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sla2_compile.config import SLA2Config
+from sla2_compile.kernels import reference
+from sla2_compile.passes.pipeline import convert
+from sla2_compile.passes.sites import Site
+
+SLA2_OP = torch.ops.sla2.attention.default
+CONFIG = SLA2Config(sparsity=0.5, block_q=16, block_k=16, min_seq_len=24)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> None:
+    torch._dynamo.reset()
+
+
+def site_of(model: Callable[..., Any], *args: Any, config: SLA2Config = CONFIG, **kwargs: Any) -> Site:
+    backend = KeepGraphs(lambda gm: convert(gm, config))
+    torch.compile(model, backend=backend, fullgraph=True, **kwargs)(*args)
+    sites = [site for sites in backend.results for site in sites]
+    assert sites[-1].verdict == "sla2", sites[-1].reason
+    return sites[-1]
+
+
+def exact_tokens(site: Site) -> tuple[int, int]:
+    assert site.config is not None
+    return site.config.exact_prefix, site.config.exact_suffix
+
+
+def grid(site: Site) -> tuple[int, int, int] | None:
+    assert site.config is not None
+    return site.config.token_grid
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (x.unflatten(-1, (HEADS, -1)).transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class Joint(nn.Module):
+    """Text and video with projections of their own, joined for attention, as in Flux and SD3."""
+
+    def __init__(self, video_first: bool = False) -> None:
+        super().__init__()
+        self.of_text, self.of_video = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, 3 * WIDTH)
+        self.norm = nn.RMSNorm(WIDTH)
+        self.video_first = video_first
+
+    def forward(self, video: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        parts = [self.of_text(text).chunk(3, -1), self.of_video(video).chunk(3, -1)]
+        if self.video_first:
+            parts.reverse()
+        q, k, v = (torch.cat(pair, dim=1) for pair in zip(*parts, strict=True))
+        out = attend(self.norm(q), self.norm(k), v)
+        return out[:, : text.shape[1]], out[:, text.shape[1] :]
+
+
+class Stack(nn.Module):
+    """Text and video joined once, then blocks, as the single-stream part of Flux."""
+
+    def __init__(self, use_checkpoint: bool = False) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(WIDTH, 3 * WIDTH) for _ in range(3))
+        self.use_checkpoint = use_checkpoint
+
+    def forward(self, video: Tensor, text: Tensor) -> Tensor:
+        x = torch.cat([text, video], dim=1)
+        for block in self.blocks:
+            x = checkpoint(self.step, block, x, use_reentrant=False) if self.use_checkpoint else self.step(block, x)
+        return x
+
+    def step(self, block: nn.Module, x: Tensor) -> Tensor:
+        return x + attend(*block(F.layer_norm(x, (WIDTH,))).chunk(3, -1))
+
+
+class Patches(nn.Module):
+    """A video in patches of a Conv3d, then attention, with text in front where there is some."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Conv3d(4, WIDTH, (1, 2, 2), stride=(1, 2, 2))
+
+    def forward(self, video: Tensor, text: Tensor | None = None) -> Tensor:
+        x = self.embed(video).flatten(2).transpose(1, 2)
+        x = x if text is None else torch.cat([text, x], 1)
+        return attend(x, x, x)
+
+
+def test_the_length_of_joined_text_is_read_and_kept_exact() -> None:
+    site = site_of(Joint(), tokens(64), tokens(12))
+    assert exact_tokens(site) == (12, 0)
+    assert "the first 12 tokens exact" in site.reason
+    assert site.node.kwargs["exact_prefix"] == 12
+    site = site_of(Joint(video_first=True), tokens(64), tokens(12))
+    assert exact_tokens(site) == (0, 12)
+
+
+@pytest.mark.parametrize("use_checkpoint", [False, True])
+def test_text_that_was_joined_long_before_is_found_in_every_block(use_checkpoint: bool) -> None:
+    backend = KeepGraphs(lambda gm: convert(gm, CONFIG))
+    torch.compile(Stack(use_checkpoint), backend=backend)(tokens(64, requires_grad=True), tokens(12))
+    assert [exact_tokens(site) for sites in backend.results for site in sites] == [(12, 0)] * 3
+
+
+def test_a_part_that_is_not_short_is_not_text() -> None:
+    assert exact_tokens(site_of(Joint(), tokens(64), tokens(60))) == (0, 0)
+
+
+def test_symbolic_lengths_stay_symbolic_and_exact_tokens_follow_them() -> None:
+    model = Joint()
+    backend = KeepGraphs(lambda gm: convert(gm, CONFIG))
+    compiled = torch.compile(model, backend=backend, dynamic=True)
+
+    def expected(video: Tensor, text: Tensor) -> Tensor:
+        config = SLA2Config(sparsity=0.5, block_q=16, block_k=16, exact_prefix=text.shape[1])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                F, "scaled_dot_product_attention", lambda q, k, v: reference.attention(q, k, v, config=config)
+            )
+            return torch.cat(model(video, text), 1)
+
+    for num_video, num_text in ((128, 20), (96, 33), (160, 7)):
+        video, text = tokens(num_video), tokens(num_text)
+        torch.testing.assert_close(torch.cat(compiled(video, text), 1), expected(video, text), rtol=1e-4, atol=1e-5)
+    assert len(backend.graphs) == 1
+
+
+def test_what_the_user_gives_goes_first() -> None:
+    given = SLA2Config(sparsity=0.5, block_q=16, block_k=16, min_seq_len=24, exact_suffix=5)
+    assert exact_tokens(site_of(Joint(), tokens(64), tokens(12), config=given)) == (0, 5)
+    torch._dynamo.reset()
+    off = SLA2Config(sparsity=0.5, block_q=16, block_k=16, min_seq_len=24, infer_layout=False)
+    site = site_of(Patches(), torch.randn(1, 4, 3, 8, 8), tokens(12), config=off)
+    assert (exact_tokens(site), grid(site)) == ((0, 0), None)
+    torch._dynamo.reset()
+    other = SLA2Config(sparsity=0.5, block_q=16, block_k=16, min_seq_len=24, token_grid=(4, 3, 4))
+    assert grid(site_of(Patches(), torch.randn(1, 4, 3, 8, 8), config=other)) == (4, 3, 4)
+
+
+def linear_patches(video: Tensor) -> Tensor:
+    """(B, C, T, H, W) in patches by reshapes, as in diffusers' HiDream and transformers' Qwen-VL."""
+    b, c, t, h, w = video.shape
+    x = video.reshape(b, c, t, h // 2, 2, w // 2, 2).permute(0, 2, 3, 5, 4, 6, 1)
+    return x.reshape(b, t * (h // 2) * (w // 2), 4 * c)
+
+
+def frames_of_pictures(video: Tensor) -> Tensor:
+    """(B, C, T, H, W) frame by frame through a Conv2d, as in CogVideoX."""
+    b, c, t, _, _ = video.shape
+    x = F.conv2d(video.transpose(1, 2).flatten(0, 1), torch.ones(16, c, 2, 2), stride=2)
+    return x.view(b, t, *x.shape[1:]).flatten(3).transpose(2, 3).flatten(1, 2)
+
+
+def channels_last(video: Tensor) -> Tensor:
+    return (
+        F.conv3d(video, torch.ones(16, video.shape[1], 1, 2, 2), stride=(1, 2, 2)).permute(0, 2, 3, 4, 1).flatten(1, 3)
+    )
+
+
+@pytest.mark.parametrize("make", [linear_patches, frames_of_pictures, channels_last])
+def test_the_grid_is_read_however_a_video_becomes_tokens(make: Callable[[Tensor], Tensor]) -> None:
+    def model(video: Tensor) -> Tensor:
+        x = make(video)[:, None]
+        return F.scaled_dot_product_attention(x, x, x)
+
+    assert grid(site_of(model, torch.randn(2, 4, 3, 8, 8))) == (3, 4, 4)
+
+
+def test_the_grid_of_the_video_is_found_behind_the_text() -> None:
+    site = site_of(Patches(), torch.randn(1, 4, 3, 8, 8), tokens(12))
+    assert (exact_tokens(site), grid(site)) == ((12, 0), (3, 4, 4))
+    assert "in tiles of the 3 x 4 x 4 grid" in site.reason
+
+
+def test_a_picture_has_one_frame() -> None:
+    def model(picture: Tensor) -> Tensor:
+        x = F.conv2d(picture, torch.ones(16, 4, 2, 2), stride=2).flatten(2).transpose(1, 2)[:, None]
+        return F.scaled_dot_product_attention(x, x, x)
+
+    assert grid(site_of(model, torch.randn(1, 4, 12, 16))) == (1, 6, 8)
+
+
+def test_a_rotary_table_shows_the_grid_of_tokens_that_come_flat() -> None:
+    def model(x: Tensor, frequencies: Tensor) -> Tensor:
+        angles = frequencies.expand(3, 4, 6, -1).reshape(1, 1, 72, -1)
+        q = x * angles.cos() + x.flip(-1) * angles.sin()
+        return F.scaled_dot_product_attention(q, q, x)
+
+    assert grid(site_of(model, torch.randn(1, 2, 72, 16), torch.randn(3, 1, 1, 16))) == (3, 4, 6)
+
+
+def test_a_grid_that_nothing_shows_is_said_to_be_unknown() -> None:
+    site = site_of(Joint(), tokens(64), tokens(12))
+    assert grid(site) is None
+    assert site.reason.endswith("in raster order (token grid unknown)")
+
+
+def test_a_grid_of_symbolic_size_is_left_unknown_and_does_not_specialise() -> None:
+    backend = KeepGraphs(lambda gm: convert(gm, CONFIG))
+    compiled = torch.compile(Patches(), backend=backend, dynamic=True)
+    for size in (8, 12, 16):
+        compiled(torch.randn(1, 4, 3, size, size + 4))
+    assert len(backend.graphs) == 1
+    assert [site.verdict for sites in backend.results for site in sites] == ["sla2"]
