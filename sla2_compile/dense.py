@@ -1,7 +1,7 @@
 """`dense`: run compiled models with their own attention for a while, such as the first steps of a diffusion sampler.
 
-The backend compiles every graph with SLA2 and, once somebody asks for it, a twin as the model wrote it. Which of them runs
-is decided at each call, outside of what Dynamo traces, so that it costs no guard and no recompilation.
+The backend compiles every graph with SLA2 and, once somebody asks for it, a twin as the model wrote it. Which of them
+runs is decided at each call, outside of what Dynamo traces, so that it costs no guard and no recompilation.
 """
 
 from __future__ import annotations
