@@ -26,10 +26,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from sla2_compile.kernels.attention_stage import AttentionInputs, Outputs
 from sla2_compile.kernels.hardware import capability, num_multiprocessors
 from sla2_compile.kernels.settings import Settings
 from sla2_compile.kernels.tensor_rows import matrix_shape
-from sla2_compile.kernels.triton_mixture import LinearStates, Outputs, TailMeans
 
 BLOCK_Q, BLOCK_K = 128, 64
 LOG2_E = gl.constexpr(1.4426950408889634)
@@ -287,6 +287,9 @@ def _consume(
             phi = _feature_map(q.to(gl.float32), MAP)
             mass = gl.sum(phi * gl.load(normalizer_ptr + block * D + d)[None, :], 1)
             phi = phi * gl.where(mass > MIN_LINEAR_WEIGHT, (1 - weight) / mass, 0.0)[:, None]
+            if dtype == gl.float16:
+                # As `to_finite` of the other kernels.
+                phi = gl.minimum(phi, 65504.0)
             phi = gl.convert_layout(phi.to(dtype), probs_layout)
             mbarrier.wait(state_full, turn & 1)
             acc_token = warpgroup_mma(phi, state_smem, acc, is_async=True)
@@ -304,6 +307,11 @@ def _consume(
             seen = tail_total > 0
             lse = gl.where(seen, (peak + gl.log2(gl.where(seen, tail_total, 1.0))) * LN_2, float("-inf"))
             gl.store(tail_lse_ptr + wide_head * N + row, lse, mask=row < N)
+        else:
+            row = m * 128 + part * 64 + gl.arange(0, 64, layout=row_layout)
+            zero = gl.zeros([64], gl.float32, layout=row_layout)
+            gl.store(sparse_lse_ptr + wide_head * N + row, zero, mask=row < N)
+            gl.store(tail_lse_ptr + wide_head * N + row, zero, mask=row < N)
         turn += 1
 
 
@@ -314,7 +322,7 @@ def _attention_kernel(
     out_sb, out_sh, out_sn, H, GROUP, N, N_KV, M, T, slots, words, num_heads, first_exact, last_exact, scale_log2,
     RAGGED: gl.constexpr, TAIL: gl.constexpr, LINEAR: gl.constexpr, MAP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Grid: as many programs as multiprocessors. sparse_out_ptr None: nothing is saved for the backward."""
+    """Grid: as many programs as multiprocessors. sparse_out_ptr None: nothing is saved, log-sum-exps are 0."""
     q_smem = gl.allocate_shared_memory(q_tiles.dtype, [2] + q_tiles.block_type.shape, q_tiles.layout)
     k_smem = gl.allocate_shared_memory(k_tiles.dtype, [STAGES] + k_tiles.block_type.shape, k_tiles.layout)
     v_smem = gl.allocate_shared_memory(v_tiles.dtype, [STAGES] + v_tiles.block_type.shape, v_tiles.layout)
@@ -360,56 +368,31 @@ def _attention_kernel(
     )  # fmt: skip
 
 
-def _is_eligible(
-    q: Tensor,
-    k: Tensor,
-    outputs: Outputs,
-    has_tail: bool,
-    alpha_gain: Tensor | None,
-    real: Tensor | None,
-    order: Tensor | None,
-    settings: Settings,
-) -> bool:
-    on_hopper = capability(q.device)[0] == 9
-    fits = q.dtype in (torch.bfloat16, torch.float16) and q.shape[3] in (64, 128)
-    plain = real is None and order is None and (settings.block_q, settings.block_k) == (BLOCK_Q, BLOCK_K)
-    one_softmax = settings.tail == "pooled" and settings.mixing == "row" and alpha_gain is None
+def _is_eligible(inputs: AttentionInputs, outputs: Outputs, settings: Settings) -> bool:
+    on_hopper = capability(inputs.q.device)[0] == 9
+    fits = inputs.q.dtype in (torch.bfloat16, torch.float16) and inputs.q.shape[3] in (64, 128)
+    blocks = (settings.block_q, settings.block_k) == (BLOCK_Q, BLOCK_K)
+    plain = inputs.real is None and inputs.order is None and not inputs.is_low_bit and inputs.k.shape[2] > 1
+    one_softmax = settings.tail == "pooled" and settings.mixing == "row" and inputs.alpha_gain is None
     one_more_matmul = settings.tail == "linear" and settings.mixing == "block" and outputs.sparse_out is None
-    no_tail = not has_tail and not settings.smooths_keys
-    return on_hopper and fits and plain and (one_softmax or one_more_matmul or no_tail)
+    no_tail = not inputs.has_tail and not settings.smooths_keys
+    return on_hopper and fits and blocks and plain and (one_softmax or one_more_matmul or no_tail)
 
 
-def attend(
-    outputs: Outputs,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    kept: Tensor,
-    bits: Tensor,
-    means: TailMeans,
-    linear: LinearStates | None,
-    alpha_logit: Tensor | None,
-    alpha_gain: Tensor | None,
-    real: Tensor | None,
-    order: Tensor | None,
-    settings: Settings,
-) -> bool:
-    """Write the outputs and return True, or False where this kernel cannot do it, and nothing is written.
-
-    Args: those of `triton_mixture.attention`.
-    """
-    (batch, heads, q_len, dim), (key_heads, kv_len) = q.shape, k.shape[1:3]
-    T, slots, blocks = means.n.shape[1], kept.shape[3] - 1, kept.shape[2]
-    has_tail = slots < T
-    if not _is_eligible(q, k, outputs, has_tail, alpha_gain, real, order, settings):
+def attend(outputs: Outputs, inputs: AttentionInputs, settings: Settings) -> bool:
+    """Write the outputs and return True, or False where this kernel cannot do it, and nothing is written."""
+    if not _is_eligible(inputs, outputs, settings):
         return False
+    q, k, statistics, linear = inputs.q, inputs.k, inputs.statistics, inputs.linear
+    (batch, heads, q_len, dim), (key_heads, kv_len) = q.shape, k.shape[1:3]
+    T, slots, blocks = statistics.n.shape[1], inputs.kept.shape[3] - 1, inputs.kept.shape[2]
     element = gl.bfloat16 if q.dtype == torch.bfloat16 else gl.float16
     layout = gl.NVMMASharedLayout.get_default_for([64, dim], element)
-    tiles = [_rows_of(x, layout) for x in (q, k, v)]
+    tiles = [_rows_of(x, layout) for x in (q, k, inputs.v)]
     if None in tiles:
         return False
-    pooled = has_tail and settings.tail == "pooled"
-    for mean in (means.k_bar, means.v_bar):
+    pooled = inputs.has_tail and settings.tail == "pooled"
+    for mean in (statistics.k_bar, statistics.v_bar):
         tiles.append(_rows_of(mean.flatten(0, 2)[None, None], layout) if pooled else None)
     if linear is None:
         tiles.append(None)
@@ -419,10 +402,10 @@ def attend(
     exact = settings.exact_queries(q_len, kv_len)
     num_programs = num_multiprocessors(q.device)
     _attention_kernel[min(num_programs, batch * heads * blocks),](
-        *tiles, kept, bits, alpha_logit, None if linear is None else linear.normalizer,
+        *tiles, inputs.kept, inputs.bits, inputs.alpha_logit, None if linear is None else linear.normalizer,
         outputs.out, outputs.sparse_out, outputs.sparse_lse, outputs.tail_lse,
-        *(s for x in (q, k, v, outputs.out) for s in x.stride()[:3]),
-        heads, heads // key_heads, q_len, kv_len, blocks, T, slots, bits.shape[3], batch * heads,
+        *(s for x in (q, k, inputs.v, outputs.out) for s in x.stride()[:3]),
+        heads, heads // key_heads, q_len, kv_len, blocks, T, slots, inputs.bits.shape[3], batch * heads,
         exact.num_first, exact.last_start, settings.scale * LOG2_E.value,
         RAGGED=kv_len % BLOCK_K != 0, TAIL=pooled, LINEAR=linear is not None, MAP=settings.feature_map,
         # Rings as deep as shared memory allows beside the queries, the state and the scratch of the stores.

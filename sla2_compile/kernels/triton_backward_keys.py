@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sla2_compile.kernels.launch_arguments import next_power_of_two, padded_dim, token_strides
 from sla2_compile.kernels.settings import Settings
-from sla2_compile.kernels.triton_backward_loads import is_real, load_rows, load_tile, store_tile, token_of
+from sla2_compile.kernels.triton_backward_loads import in_elements, is_real, load_rows, load_tile, store_tile, token_of
 from sla2_compile.kernels.triton_backward_rows import LOG2_E, Rows
 from sla2_compile.kernels.triton_inverse_index import InverseIndex
 
@@ -74,13 +75,17 @@ def _keys_kernel(
     partial_size, H, N, N_KV, M, T, key_heads, capacity, max_parts, part_length, splits, scale,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, ACCUMULATE: tl.constexpr, CAP: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Grid (B G (max_parts + T) BLOCK_K / KEYS,), parts of long lists first.
 
     Scores and their gradients are (KEYS, ROWS), so that neither goes through memory on its way into the next matmul.
     dk_bar_ptr, dv_bar_ptr, correction_ptr may be None.
     """
+    q_sb, q_sh, q_sn = in_elements((q_sb, q_sh, q_sn), UNIT)
+    k_sb, k_sh, k_sn = in_elements((k_sb, k_sh, k_sn), UNIT)
+    v_sb, v_sh, v_sn = in_elements((v_sb, v_sh, v_sn), UNIT)
+    grad_sb, grad_sh, grad_sn = in_elements((grad_sb, grad_sh, grad_sn), UNIT)
     ROW_PARTS: tl.constexpr = BLOCK_Q // ROWS
     KEY_PARTS: tl.constexpr = BLOCK_K // KEYS
     item = tl.program_id(0) // KEY_PARTS
@@ -239,22 +244,23 @@ def key_gradients(
     splits = 1 if dk_bar is None else dk_bar.shape[0]
     shared = {
         "D": dim,
-        "BLOCK_D": max(16, triton.next_power_of_2(dim)),
+        "BLOCK_D": padded_dim(dim),
         "BLOCK_K": settings.block_k,
-        "SPLITS": triton.next_power_of_2(splits),
+        "SPLITS": next_power_of_two(splits),
         "ACCUMULATE": correction is not None,
     }
     real_stride, split_stride = 0 if real is None else real.stride(0), 0 if dk_bar is None else dk_bar.stride(0)
     sizes = (max_parts, index.part_length, splits, settings.scale)
     strides = (real_stride, split_stride, partial.stride(0))
+    unit, token = token_strides(q, k, v, grad_out)
     _keys_kernel[batch * key_heads * (max_parts + T) * key_parts,](
         q, k, v, grad_out, real, order, rows.sparse_lse, rows.offset, rows.sparse_cap, n, dk_bar, dv_bar,
         index.count, index.start, index.lists, index.first_part, index.part_key, correction, partial, dk, dv,
-        *(s for x in (q, k, v, grad_out) for s in x.stride()[:3]), *strides,
+        *token, *strides,
         heads, q_len, kv_len, index.bits.shape[1], T, batch * key_heads, index.lists.shape[1], *sizes,
         GROUP=heads // key_heads, BLOCK_Q=settings.block_q, ROWS=min(config.rows, settings.block_q), KEYS=key_size,
         CAP=settings.qk_format is not None, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        STAGES=config.num_stages, num_warps=config.num_warps, **shared,
+        STAGES=config.num_stages, UNIT=unit, num_warps=config.num_warps, **shared,
     )  # fmt: skip
     if heads // key_heads * index.bits.shape[1] < 2 * index.part_length:
         return  # no list can be as long as that

@@ -13,9 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sla2_compile.kernels.blocks import num_blocks
+from sla2_compile.kernels.launch_arguments import padded_dim, token_strides
 from sla2_compile.kernels.settings import Settings
 from sla2_compile.kernels.triton_backward_feature_map import feature_map, feature_map_gradient
-from sla2_compile.kernels.triton_backward_loads import is_real, load_tile, store_tile, token_of
+from sla2_compile.kernels.triton_backward_loads import in_elements, is_real, load_tile, store_tile, token_of
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ def linear_config(dim: int, itemsize: int, shared_memory: int) -> LinearConfig:
 
 def linear_constants(x: Tensor, config: LinearConfig, settings: Settings) -> dict[str, Any]:
     """What all of the linear tail's kernels are compiled for; `x` is one of the inputs."""
-    block_d = max(16, triton.next_power_of_2(x.shape[3]))
+    block_d = padded_dim(x.shape[3])
     return {
         "D": x.shape[3],
         "BLOCK_D": block_d,
@@ -60,9 +62,11 @@ def _smoothed_keys(k_ptr, k_mean_ptr, token, real, k_sn, D: tl.constexpr, BLOCK_
 def _state_kernel(
     k_ptr, v_ptr, k_mean_ptr, real_ptr, order_ptr, h_ptr, z_ptr, k_sb, k_sh, k_sn, v_sb, v_sh, v_sn, real_sb,
     G, N_KV, T, factor, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, KEYS: tl.constexpr,
-    VALUES: tl.constexpr, MAP: tl.constexpr, PRECISION: tl.constexpr,
+    VALUES: tl.constexpr, MAP: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Grid (B G T, D / VALUES): h_j (D, VALUES) and, once, z_j, both times `factor`."""
+    k_sb, k_sh, k_sn = in_elements((k_sb, k_sh, k_sn), UNIT)
+    v_sb, v_sh, v_sn = in_elements((v_sb, v_sh, v_sn), UNIT)
     row = tl.program_id(0).to(tl.int64)
     kv_head, j = row // T, (row % T).to(tl.int32)
     b, g = kv_head // G, kv_head % G
@@ -92,9 +96,11 @@ def _gradient_kernel(
     k_ptr, v_ptr, k_mean_ptr, real_ptr, order_ptr, dh_ptr, dz_ptr, dk_ptr, dv_ptr, dk_sum_ptr,
     k_sb, k_sh, k_sn, v_sb, v_sh, v_sn, real_sb, G, N_KV, T, factor,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
-    MAP: tl.constexpr, PRECISION: tl.constexpr,
+    MAP: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Grid (B G T,): dk, dv and the sum of dk over the block; dh, dz come divided by `factor`."""
+    k_sb, k_sh, k_sn = in_elements((k_sb, k_sh, k_sn), UNIT)
+    v_sb, v_sh, v_sn = in_elements((v_sb, v_sh, v_sn), UNIT)
     row = tl.program_id(0).to(tl.int64)
     kv_head, j = row // T, (row % T).to(tl.int32)
     b, g = kv_head // G, kv_head % G
@@ -139,13 +145,13 @@ def key_block_states(
     config: LinearConfig,
 ) -> tuple[Tensor, Tensor]:
     """h (B G, T, D, D) in k's dtype and z (B G, T, D) float32, both times `factor`."""
-    (batch, heads, kv_len, dim), T = k.shape, triton.cdiv(k.shape[2], settings.block_k)
+    (batch, heads, kv_len, dim), T = k.shape, num_blocks(k.shape[2], settings.block_k)
     h, z = k.new_empty(batch * heads, T, dim, dim), k.new_empty(batch * heads, T, dim, dtype=torch.float32)
-    constants = linear_constants(k, config, settings)
-    _state_kernel[batch * heads * T, triton.cdiv(dim, constants["VALUES"])](
-        k, v, k_mean, real, order, h, z, *k.stride()[:3], *v.stride()[:3], 0 if real is None else real.stride(0),
+    constants, (unit, strides) = linear_constants(k, config, settings), token_strides(k, v)
+    _state_kernel[batch * heads * T, num_blocks(dim, constants["VALUES"])](
+        k, v, k_mean, real, order, h, z, *strides, 0 if real is None else real.stride(0),
         heads, kv_len, T, factor, BLOCK_K=settings.block_k, KEYS=min(config.rows, settings.block_k),
-        num_warps=config.num_warps, **constants,
+        UNIT=unit, num_warps=config.num_warps, **constants,
     )  # fmt: skip
     return h, z
 
@@ -169,10 +175,11 @@ def linear_key_gradients(
     dh (B G, T, D, D) and dz (B G, T, D) come divided by `factor`.
     """
     (batch, heads, kv_len, dim), T = k.shape, dh.shape[1]
-    dk_sum = k.new_empty(batch, heads, T, dim, dtype=torch.float32)
+    dk_sum, (unit, strides) = k.new_empty(batch, heads, T, dim, dtype=torch.float32), token_strides(k, v)
     _gradient_kernel[batch * heads * T,](
-        k, v, k_mean, real, order, dh, dz, dk, dv, dk_sum, *k.stride()[:3], *v.stride()[:3],
+        k, v, k_mean, real, order, dh, dz, dk, dv, dk_sum, *strides,
         0 if real is None else real.stride(0), heads, kv_len, T, factor, BLOCK_K=settings.block_k,
-        KEYS=min(config.rows, settings.block_k), num_warps=config.num_warps, **linear_constants(k, config, settings),
+        KEYS=min(config.rows, settings.block_k), UNIT=unit, num_warps=config.num_warps,
+        **linear_constants(k, config, settings),
     )  # fmt: skip
     return dk_sum.sum(2)

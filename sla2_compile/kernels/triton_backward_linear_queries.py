@@ -15,10 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sla2_compile.kernels.blocks import num_blocks
+from sla2_compile.kernels.launch_arguments import token_strides
 from sla2_compile.kernels.settings import Settings
-from sla2_compile.kernels.triton_backward_feature_map import feature_map, feature_map_gradient
+from sla2_compile.kernels.triton_backward_feature_map import feature_map, feature_map_gradient, to_finite
 from sla2_compile.kernels.triton_backward_linear_keys import LinearConfig, linear_constants
-from sla2_compile.kernels.triton_backward_loads import load_tile, store_tile, token_of
+from sla2_compile.kernels.triton_backward_loads import in_elements, load_tile, store_tile, token_of
 from sla2_compile.kernels.triton_backward_rows import Rows
 
 
@@ -37,9 +39,11 @@ def _query_kernel(
     q_ptr, grad_ptr, order_ptr, h_ptr, z_ptr, weight_ptr, product_ptr, dq_ptr,
     q_sb, q_sh, q_sn, grad_sb, grad_sh, grad_sn, H, N, M,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, ROWS: tl.constexpr, VALUES: tl.constexpr,
-    MAP: tl.constexpr, PRECISION: tl.constexpr,
+    MAP: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Grid (B H M BLOCK_Q / ROWS,): dq."""
+    q_sb, q_sh, q_sn = in_elements((q_sb, q_sh, q_sn), UNIT)
+    grad_sb, grad_sh, grad_sn = in_elements((grad_sb, grad_sh, grad_sn), UNIT)
     PARTS: tl.constexpr = BLOCK_Q // ROWS
     row = (tl.program_id(0) // PARTS).to(tl.int64)
     head, m = row // M, (row % M).to(tl.int32)
@@ -60,7 +64,7 @@ def _query_kernel(
         grad = tl.load(grad_ptrs, mask=exists[:, None] & inside, other=0.0)
         h_ptrs = h_ptr + row * D * D + d[:, None] * D + (first + e)[None, :]
         state = tl.load(h_ptrs, mask=(d < D)[:, None] & inside, other=0.0)
-        d_numerator = (weight[:, None] * grad.to(tl.float32)).to(state.dtype)
+        d_numerator = to_finite(weight[:, None] * grad.to(tl.float32), state.dtype)
         d_phi = tl.dot(d_numerator, tl.trans(state), d_phi, input_precision=PRECISION)
     dq = feature_map_gradient(q.to(tl.float32), phi, d_phi, MAP)
     store_tile(dq_ptr + (b * N * H + h) * D, token, exists, H * D, dq, D, BLOCK_D)
@@ -71,9 +75,11 @@ def _state_kernel(
     q_ptr, grad_ptr, order_ptr, z_ptr, weight_ptr, product_ptr, dh_ptr, dz_ptr,
     q_sb, q_sh, q_sn, grad_sb, grad_sh, grad_sn, H, N, M,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, ROWS: tl.constexpr, VALUES: tl.constexpr,
-    MAP: tl.constexpr, PRECISION: tl.constexpr,
+    MAP: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Grid (B H M, D / VALUES): dH (D, VALUES) and, once, dZ."""
+    q_sb, q_sh, q_sn = in_elements((q_sb, q_sh, q_sn), UNIT)
+    grad_sb, grad_sh, grad_sn = in_elements((grad_sb, grad_sh, grad_sn), UNIT)
     row = tl.program_id(0).to(tl.int64)
     head, m = row // M, (row % M).to(tl.int32)
     b, h = head // H, head % H
@@ -90,7 +96,7 @@ def _state_kernel(
         product = tl.load(product_ptr + head * M * BLOCK_Q + position) * inverse
         grad_ptrs = grad_ptr + b * grad_sb + h * grad_sh + token[:, None] * grad_sn + e[None, :]
         grad = tl.load(grad_ptrs, mask=exists[:, None] & (e < D)[None, :], other=0.0)
-        d_numerator = (weight[:, None] * grad.to(tl.float32)).to(q.dtype)
+        d_numerator = to_finite(weight[:, None] * grad.to(tl.float32), q.dtype)
         dh = tl.dot(tl.trans(phi.to(q.dtype)), d_numerator, dh, input_precision=PRECISION)
         dz -= tl.sum(phi * product[:, None], 0)
     dh_ptrs = dh_ptr + row * D * D + d[:, None] * D + e[None, :]
@@ -125,22 +131,15 @@ def linear_query_gradients(
     (batch, heads, q_len, dim), blocks = q.shape, state.shape[1]
     d_state, d_normalizer = torch.empty_like(state), torch.empty_like(normalizer)
     row_size = min(config.rows, settings.block_q)
-    constants = {"BLOCK_Q": settings.block_q, "ROWS": row_size, **linear_constants(q, config, settings)}
-    inputs = (*q.stride()[:3], *grad_out.stride()[:3], heads, q_len, blocks)
+    unit, strides = token_strides(q, grad_out)
+    sizes = {"BLOCK_Q": settings.block_q, "ROWS": row_size, "UNIT": unit, "num_warps": config.num_warps}
+    constants = {**sizes, **linear_constants(q, config, settings)}
+    inputs = (*strides, heads, q_len, blocks)
     weights = (rows.linear_weight, rows.linear_product)
     _query_kernel[batch * heads * blocks * (settings.block_q // row_size),](
-        q, grad_out, order, state, normalizer, *weights, dq, *inputs, num_warps=config.num_warps, **constants
+        q, grad_out, order, state, normalizer, *weights, dq, *inputs, **constants
     )
-    _state_kernel[batch * heads * blocks, triton.cdiv(dim, constants["VALUES"])](
-        q,
-        grad_out,
-        order,
-        normalizer,
-        *weights,
-        d_state,
-        d_normalizer,
-        *inputs,
-        num_warps=config.num_warps,
-        **constants,
+    _state_kernel[batch * heads * blocks, num_blocks(dim, constants["VALUES"])](
+        q, grad_out, order, normalizer, *weights, d_state, d_normalizer, *inputs, **constants
     )
     return d_state, d_normalizer

@@ -10,6 +10,19 @@ import triton.language as tl
 
 
 @triton.jit
+def in_elements(strides, UNIT: tl.constexpr):
+    """Strides along B, H and N that came in units of elements (`launch_arguments.token_strides`), int64.
+
+    The multiplication is what tells the compiler how wide a load may be.
+    """
+    return (
+        tl.cast(strides[0], tl.int64) * UNIT,
+        tl.cast(strides[1], tl.int64) * UNIT,
+        tl.cast(strides[2], tl.int64) * UNIT,
+    )
+
+
+@triton.jit
 def token_of(order_ptr, position, length):
     """The model's token at each visited `position`, int64; any token in place of one past the end."""
     if order_ptr is None:

@@ -12,10 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sla2_compile.kernels.launch_arguments import padded_dim, token_strides
 from sla2_compile.kernels.settings import Settings
-from sla2_compile.kernels.triton_backward_loads import is_real, load_tile, store_tile, token_of
-from sla2_compile.kernels.triton_backward_means import Means
+from sla2_compile.kernels.triton_backward_loads import in_elements, is_real, load_tile, store_tile, token_of
 from sla2_compile.kernels.triton_backward_rows import LOG2_E, Rows
+from sla2_compile.kernels.triton_statistics import Statistics
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,16 @@ def _queries_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, MEANS: tl.constexpr, RAGGED: tl.constexpr, POOLED: tl.constexpr, VALUES: tl.constexpr,
     ACCUMULATE: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     """Grid (B H M BLOCK_Q / ROWS,), first the query blocks that keep every key block, which take longest.
 
     POOLED: the tail's scores are pooled ones; VALUES: so are its values. ACCUMULATE: add to what dq holds.
     """
+    q_sb, q_sh, q_sn = in_elements((q_sb, q_sh, q_sn), UNIT)
+    k_sb, k_sh, k_sn = in_elements((k_sb, k_sh, k_sn), UNIT)
+    v_sb, v_sh, v_sn = in_elements((v_sb, v_sh, v_sn), UNIT)
+    grad_sb, grad_sh, grad_sn = in_elements((grad_sb, grad_sh, grad_sn), UNIT)
     ROW_PARTS: tl.constexpr = BLOCK_Q // ROWS
     KEY_PARTS: tl.constexpr = BLOCK_K // KEYS
     pid = tl.program_id(0)
@@ -178,7 +184,7 @@ def query_gradient(
     v: Tensor,
     kept: Tensor,
     bits: Tensor,
-    means: Means,
+    means: Statistics,
     rows: Rows,
     real: Tensor | None,
     order: Tensor | None,
@@ -188,19 +194,20 @@ def query_gradient(
     """Write dq (B, H, N, D), contiguous; with a linear tail add to what it holds."""
     (batch, heads, q_len, dim), kv_len = q.shape, k.shape[2]
     blocks, slots = kept.shape[2], kept.shape[3] - 1
-    T, exact = triton.cdiv(kv_len, settings.block_k), settings.exact_queries(q_len, kv_len)
+    T, exact = means.n.shape[1], settings.exact_queries(q_len, kv_len)
     linear, has_tail = settings.tail == "linear", slots < T
     row_size = min(config.rows, settings.block_q)
+    unit, strides = token_strides(q, k, v, grad_out)
     _queries_kernel[batch * heads * blocks * (settings.block_q // row_size),](
-        q, k, v, grad_out, kept.contiguous(), bits, means.k_bar, means.v_bar, means.n, means.k_mean, real, order,
+        q, k, v, grad_out, kept.contiguous(), bits, means.k_bar, means.v_bar, means.n, means.center, real, order,
         rows.sparse_lse, rows.offset, rows.sparse_cap, rows.tail_lse, rows.tail_offset, dq,
-        *(s for x in (q, k, v, grad_out) for s in x.stride()[:3]), 0 if real is None else real.stride(0),
+        *strides, 0 if real is None else real.stride(0),
         heads, heads // k.shape[1], q_len, kv_len, blocks, T, slots, bits.shape[2],
         exact.num_first, exact.last_start, settings.scale,
-        D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_Q=settings.block_q, BLOCK_K=settings.block_k,
+        D=dim, BLOCK_D=padded_dim(dim), BLOCK_Q=settings.block_q, BLOCK_K=settings.block_k,
         ROWS=row_size, KEYS=min(config.keys, settings.block_k), MEANS=config.keys,
         RAGGED=kv_len % settings.block_k != 0, POOLED=has_tail and (not linear or settings.mixing == "row"),
         VALUES=not linear, ACCUMULATE=linear and has_tail,
         CAP=settings.qk_format is not None, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        STAGES=config.num_stages, num_warps=config.num_warps,
+        STAGES=config.num_stages, UNIT=unit, num_warps=config.num_warps,
     )  # fmt: skip

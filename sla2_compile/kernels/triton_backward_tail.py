@@ -13,10 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sla2_compile.kernels.blocks import num_blocks
+from sla2_compile.kernels.launch_arguments import padded_dim, token_strides
 from sla2_compile.kernels.settings import Settings
-from sla2_compile.kernels.triton_backward_loads import load_rows, load_tile
-from sla2_compile.kernels.triton_backward_means import Means
+from sla2_compile.kernels.triton_backward_loads import in_elements, load_rows, load_tile
 from sla2_compile.kernels.triton_backward_rows import LOG2_E, Rows
+from sla2_compile.kernels.triton_statistics import Statistics
 
 # Programs wanted in all: a few per multiprocessor. A constant, so that sums do not depend on the GPU.
 TARGET_PROGRAMS = 768
@@ -50,8 +52,11 @@ def _tail_kernel(
     q_sb, q_sh, q_sn, grad_sb, grad_sh, grad_sn, H, N, M, T, words, steps_per_split, scale,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, ROWS: tl.constexpr,
     MEANS: tl.constexpr, VALUES: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     """Grid (T / MEANS, splits, B G). Scores and their gradients are (MEANS, ROWS); neither goes through memory."""
+    q_sb, q_sh, q_sn = in_elements((q_sb, q_sh, q_sn), UNIT)
+    grad_sb, grad_sh, grad_sn = in_elements((grad_sb, grad_sh, grad_sn), UNIT)
     PARTS: tl.constexpr = BLOCK_Q // ROWS
     j = tl.program_id(0) * MEANS + tl.arange(0, MEANS)
     split = tl.program_id(1)
@@ -104,7 +109,7 @@ def tail_gradient(
     grad_out: Tensor,
     q: Tensor,
     bits: Tensor,
-    means: Means,
+    means: Statistics,
     rows: Rows,
     order: Tensor | None,
     settings: Settings,
@@ -117,19 +122,20 @@ def tail_gradient(
     (batch, heads, q_len, dim), (key_heads, T) = q.shape, means.k_bar.shape[1:3]
     blocks, group, values = bits.shape[1], heads // means.k_bar.shape[1], settings.tail == "pooled"
     row_size = min(config.rows, settings.block_q)
-    steps, tiles = group * blocks * (settings.block_q // row_size), triton.cdiv(T, config.means)
-    splits = min(MAX_SPLITS, steps, triton.cdiv(TARGET_PROGRAMS, tiles * batch * key_heads))
-    steps_per_split = triton.cdiv(steps, splits)
-    splits = triton.cdiv(steps, steps_per_split)
+    steps, tiles = group * blocks * (settings.block_q // row_size), num_blocks(T, config.means)
+    splits = min(MAX_SPLITS, steps, num_blocks(TARGET_PROGRAMS, tiles * batch * key_heads))
+    steps_per_split = num_blocks(steps, splits)
+    splits = num_blocks(steps, steps_per_split)
+    unit, strides = token_strides(q, grad_out)
     dk_bar = q.new_empty(splits, batch, key_heads, T, dim, dtype=torch.float32)
     dv_bar = torch.empty_like(dk_bar) if values else None
     _tail_kernel[tiles, splits, batch * key_heads](
         q, grad_out, means.k_bar, means.v_bar, means.n, bits, order,
         rows.tail_lse, rows.tail_offset, dk_bar, dv_bar,
-        *q.stride()[:3], *grad_out.stride()[:3], heads, q_len, blocks, T, bits.shape[2], steps_per_split,
-        settings.scale, GROUP=group, D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)),
+        *strides, heads, q_len, blocks, T, bits.shape[2], steps_per_split,
+        settings.scale, GROUP=group, D=dim, BLOCK_D=padded_dim(dim),
         BLOCK_Q=settings.block_q, ROWS=row_size,
         MEANS=config.means, VALUES=values, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        STAGES=config.num_stages, num_warps=config.num_warps,
+        STAGES=config.num_stages, UNIT=unit, num_warps=config.num_warps,
     )  # fmt: skip
     return dk_bar, dv_bar
