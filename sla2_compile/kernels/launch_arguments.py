@@ -11,6 +11,9 @@ from torch import Tensor
 
 # Elements of one byte that the widest load spans.
 MAX_UNIT = 16
+# Registers of a thread. Told this limit, the assembler uses what it needs; left alone it sometimes spills a few for the
+# sake of more programs at a time.
+MAX_REGISTERS = 255
 
 
 def padded_dim(dim: int) -> int:
@@ -27,9 +30,12 @@ def token_strides(*tensors: Tensor) -> tuple[int, tuple[int, ...]]:
     """How far apart batch elements, heads and tokens of tensors (B, H, N, D) are, as kernels take it.
 
     Returns:
-        unit: the largest power of two, at most 16, that divides every stride: so many elements a load may span.
+        unit: the largest power of two that divides every stride, so that loads are as wide as it; 1 where that is 16 or
+            more, which Triton sees by itself.
         strides: along B, H and N of each tensor, divided by `unit`; 0 along dimensions of one element.
     """
     strides = tuple(x.stride(i) if x.shape[i] > 1 else 0 for x in tensors for i in range(3))
     unit = math.gcd(MAX_UNIT, *strides)
+    if unit == MAX_UNIT:
+        return 1, strides
     return unit, tuple(stride // unit for stride in strides)

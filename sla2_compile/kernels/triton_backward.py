@@ -15,6 +15,7 @@ import math
 import torch
 from torch import Tensor
 
+from sla2_compile.kernels import blocked_backward
 from sla2_compile.kernels.hardware import shared_memory
 from sla2_compile.kernels.settings import Settings, empty_output, row_gain
 from sla2_compile.kernels.triton_backward_keys import key_gradients, keys_config
@@ -61,6 +62,10 @@ def backward(
         kept: (B, H, M, 1 + slots) int32; see `settings.empty_saved`.
         settings: the op's.
     """
+    if settings.scale <= 0:
+        # Nobody's attention has such a scale, and the sums below are divided by it.
+        arguments = (grad_out, q, k, v, attn_mask, alpha_logit, alpha_gain, out, sparse_out, sparse_lse, tail_lse, kept)
+        return blocked_backward.backward(*arguments, settings)
     dq, dk, dv = empty_output(q), empty_output(k), empty_output(v)
     batch, heads, q_len, dim = q.shape
     if q.numel() == 0 or k.shape[2] == 0:

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sla2_compile.kernels.blocks import num_blocks
-from sla2_compile.kernels.launch_arguments import padded_dim, token_strides
+from sla2_compile.kernels.launch_arguments import MAX_REGISTERS, padded_dim, token_strides
 from sla2_compile.kernels.settings import Settings
 from sla2_compile.kernels.triton_backward_feature_map import feature_map, feature_map_gradient
 from sla2_compile.kernels.triton_backward_loads import in_elements, is_real, load_tile, store_tile, token_of
@@ -48,6 +48,7 @@ def linear_constants(x: Tensor, config: LinearConfig, settings: Settings) -> dic
         "VALUES": min(config.values, block_d),
         "MAP": settings.feature_map,
         "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
+        "maxnreg": MAX_REGISTERS,
     }
 
 
@@ -127,6 +128,9 @@ def _gradient_kernel(
             dv = tl.dot(phi.to(dh.dtype), dh, input_precision=PRECISION) * factor
             dv_ptrs = dv_ptr + ((b * N_KV * G + g) + token[:, None] * G) * D + (first + e)[None, :]
             tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=exists[:, None] & inside)
+        if MAP != "softmax":
+            # Read again rather than held.
+            k = _smoothed_keys(k_ptr + b * k_sb + g * k_sh, k_mean_ptr + kv_head * D, token, real, k_sn, D, BLOCK_D)
         dk = feature_map_gradient(k, phi, d_phi * factor, MAP)
         dk = tl.where(real[:, None], dk, 0.0)
         dk_sum += tl.sum(dk, 0)

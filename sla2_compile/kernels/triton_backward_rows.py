@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sla2_compile.kernels.launch_arguments import padded_dim, token_strides
+from sla2_compile.kernels.launch_arguments import MAX_REGISTERS, padded_dim, token_strides
 from sla2_compile.kernels.settings import Settings
 from sla2_compile.kernels.triton_backward_loads import in_elements, load_tile, token_of
 
@@ -176,7 +176,7 @@ def row_statistics(
         *strides, *sparse_lse.stride(), *tail_lse.stride(),
         heads, group, q_len, blocks, num_key_blocks, kept.shape[3] - 1, rows.stride(0), settings.scale,
         D=dim, BLOCK_D=padded_dim(dim), BLOCK_Q=settings.block_q,
-        TILE=16 if dim > 128 else min(settings.block_q, 32),
-        LINEAR=settings.tail == "linear", CAP=settings.qk_format is not None, UNIT=unit, num_warps=4,
+        TILE=16 if dim > 128 else min(settings.block_q, 32), LINEAR=settings.tail == "linear",
+        CAP=settings.qk_format is not None, UNIT=unit, num_warps=4, maxnreg=MAX_REGISTERS,
     )  # fmt: skip
     return Rows(*rows), d_logit, d_gain.sum(2)

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sla2_compile.kernels.blocks import num_blocks
-from sla2_compile.kernels.launch_arguments import padded_dim, token_strides
+from sla2_compile.kernels.launch_arguments import MAX_REGISTERS, padded_dim, token_strides
 from sla2_compile.kernels.settings import Settings
 from sla2_compile.kernels.triton_backward_loads import in_elements, load_rows, load_tile
 from sla2_compile.kernels.triton_backward_rows import LOG2_E, Rows
@@ -66,6 +66,9 @@ def _tail_kernel(
     head = b * H + kv_head % G * GROUP  # the group's first query head
     q_ptr += b * q_sb + kv_head % G * GROUP * q_sh
     grad_ptr += b * grad_sb + kv_head % G * GROUP * grad_sh
+    lse_ptr += head * M * BLOCK_Q
+    offset_ptr += head * M * BLOCK_Q
+    bits_ptr += head * M * words
 
     k_bar = load_tile(k_bar_ptr + kv_head * T * D, j.to(tl.int64), j < T, D, D, BLOCK_D)
     n = tl.load(n_ptr + b * T + j, mask=j < T, other=0.0)
@@ -81,9 +84,9 @@ def _tail_kernel(
         in_group = (block // M).to(tl.int64) if GROUP > 1 else 0
         m = block % M if GROUP > 1 else block
         position = m * BLOCK_Q + i % PARTS * ROWS
-        statistics = (head + in_group) * M * BLOCK_Q + position + tl.arange(0, ROWS)
+        statistics = block * BLOCK_Q + i % PARTS * ROWS + tl.arange(0, ROWS)
         lse = tl.load(lse_ptr + statistics)
-        word = tl.load(bits_ptr + ((head + in_group) * M + m) * words + (j >> 5), mask=j < T, other=-1)
+        word = tl.load(bits_ptr + block * words + (j >> 5), mask=j < T, other=-1)
         bias = tl.where((word >> (j & 31)) & 1 == 0, log_n, float("-inf"))
         q = load_rows(q_ptr + in_group * q_sh, order_ptr, position, N, q_sn, ROWS, D, BLOCK_D)
         scores = tl.dot(k_bar, tl.trans(q), input_precision=PRECISION) * scale_log2 - lse[None, :]
@@ -136,6 +139,6 @@ def tail_gradient(
         settings.scale, GROUP=group, D=dim, BLOCK_D=padded_dim(dim),
         BLOCK_Q=settings.block_q, ROWS=row_size,
         MEANS=config.means, VALUES=values, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        STAGES=config.num_stages, UNIT=unit, num_warps=config.num_warps,
+        STAGES=config.num_stages, UNIT=unit, num_warps=config.num_warps, maxnreg=MAX_REGISTERS,
     )  # fmt: skip
     return dk_bar, dv_bar

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sla2_compile.kernels.launch_arguments import padded_dim, token_strides
+from sla2_compile.kernels.launch_arguments import MAX_REGISTERS, padded_dim, token_strides
 from sla2_compile.kernels.settings import Settings
 from sla2_compile.kernels.triton_backward_loads import in_elements, is_real, load_tile, token_of
 from sla2_compile.kernels.triton_statistics import Statistics
@@ -147,6 +147,6 @@ def low_bit_codes(
             k, v, real, order, statistics.center, statistics.v_scale, k_codes, k_scale, v_codes, *strides,
             0 if real is None else real.stride(0), heads, k.shape[2], T, num_k,
             D=dim, BLOCK_D=block_d, BLOCK_K=settings.block_k, ROWS=min(settings.block_k, max(16, 8192 // block_d)),
-            FP8_KEYS=fp8_keys, LIMIT=FP8_MAX if fp8_keys else INT8_MAX, UNIT=unit, num_warps=4,
+            FP8_KEYS=fp8_keys, LIMIT=FP8_MAX if fp8_keys else INT8_MAX, UNIT=unit, num_warps=4, maxnreg=MAX_REGISTERS,
         )  # fmt: skip
     return Codes(statistics.q_scale, k_codes, k_scale, v_codes, statistics.v_scale)

@@ -23,17 +23,22 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sla2_compile.kernels.attention_stage import AttentionInputs, Outputs
 from sla2_compile.kernels.hardware import capability, shared_memory
-from sla2_compile.kernels.launch_arguments import padded_dim, token_strides
+from sla2_compile.kernels.launch_arguments import MAX_REGISTERS, padded_dim, token_strides
 from sla2_compile.kernels.settings import Settings
 from sla2_compile.kernels.tensor_rows import matrix_shape
-from sla2_compile.kernels.triton_backward_loads import in_elements, load_tile, store_tile, token_of
+from sla2_compile.kernels.triton_backward_loads import (
+    in_elements,
+    load_tile,
+    scores_in_float32,
+    store_tile,
+    token_of,
+)
 from sla2_compile.kernels.triton_low_bit import to_codes
 from sla2_compile.kernels.triton_mixture_steps import (
     LOG2_E,
     add_linear_tail,
     kept_step,
     rows_times,
-    scores_in_float32,
     softmax_step,
 )
 
@@ -49,7 +54,6 @@ class AttentionConfig:
     means: int  # block means of a step
     num_warps: int
     num_stages: int
-    max_registers: int | None = None  # per thread; None lets the assembler trade a few spills for occupancy
     copy_engine: bool = False  # read tiles through tensor descriptors where the layout allows it (sm_90 and later)
 
 
@@ -58,7 +62,7 @@ def attention_config(block_d: int, itemsize: int, device: torch.device, *, low_b
     later, memory = capability(device)[0] >= 10, shared_memory(device)
     copies = capability(device) >= (9, 0)
     if itemsize == 4:
-        return AttentionConfig(32, 32, 32, 8 if block_d <= 128 else 16, 1, max_registers=255)
+        return AttentionConfig(32, 32, 32, 8 if block_d <= 128 else 16, 1)
     if memory < 200 * 1024:
         if block_d <= 128:
             return AttentionConfig(64, 32, 64 if block_d <= 64 else 32, 4, 2)
@@ -324,7 +328,7 @@ def attention(outputs: Outputs, inputs: AttentionInputs, settings: Settings, con
         LINEAR=not pooled, ROW_MIXING=by_row,
         UNIFIED=inputs.has_tail and pooled and by_row and inputs.alpha_gain is None, MAP=settings.feature_map,
         FP8_KEYS=settings.qk_format == "fp8", PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        STAGES=config.num_stages, UNIT=unit, num_warps=config.num_warps, maxnreg=config.max_registers,
+        STAGES=config.num_stages, UNIT=unit, num_warps=config.num_warps, maxnreg=MAX_REGISTERS,
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from sla2_compile.kernels.triton_backward_feature_map import to_finite
-from sla2_compile.kernels.triton_backward_loads import is_real, load_tile, token_of
+from sla2_compile.kernels.triton_backward_loads import is_real, load_tile, scores_in_float32, token_of
 from sla2_compile.kernels.triton_low_bit import in_stored_order
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -43,22 +43,6 @@ def softmax_step(
         total = total * rescale + tl.sum(probs, 1)
         acc = tl.dot(probs.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
     return acc, total, new_peak
-
-
-@triton.jit
-def scores_in_float32(
-    q_ptr, q_token, exists, q_sn, k_ptr, k_token, inside, k_sn, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """q k^T of float32 tiles, a part of the head dimension at a time: whole ones do not fit into registers."""
-    scores = tl.zeros([ROWS, KEYS], tl.float32)
-    for first in tl.range(0, BLOCK_D, CHUNK, num_stages=1):
-        d = first + tl.arange(0, CHUNK)
-        q_mask, k_mask = exists[:, None] & (d < D)[None, :], inside[None, :] & (d < D)[:, None]
-        q = tl.load(q_ptr + q_token[:, None] * q_sn + d[None, :], mask=q_mask, other=0.0)
-        k = tl.load(k_ptr + k_token[None, :] * k_sn + d[:, None], mask=k_mask, other=0.0)
-        scores = tl.dot(q, k, scores, input_precision="ieee")
-    return scores
 
 
 @triton.jit

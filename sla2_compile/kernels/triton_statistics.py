@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sla2_compile.kernels.blocks import num_blocks
-from sla2_compile.kernels.launch_arguments import padded_dim, token_strides
+from sla2_compile.kernels.launch_arguments import MAX_REGISTERS, padded_dim, token_strides
 from sla2_compile.kernels.settings import Settings
 from sla2_compile.kernels.triton_backward_loads import in_elements, is_real, load_tile, token_of
 from sla2_compile.quant.formats import FP8_MAX, INT8_MAX
@@ -197,7 +197,7 @@ def block_statistics(
         v_peak, n, *strides, 0 if real is None else real.stride(0),
         heads, key_heads, q_len, kv_len, M, T, num_q, num_k,
         D=dim, BLOCK_D=block_d, BLOCK_Q=settings.block_q, BLOCK_K=settings.block_k, ROWS=max(16, 4096 // block_d),
-        LIMIT=FP8_MAX if settings.qk_format == "fp8" else INT8_MAX, UNIT=unit, num_warps=1,
+        LIMIT=FP8_MAX if settings.qk_format == "fp8" else INT8_MAX, UNIT=unit, num_warps=1, maxnreg=MAX_REGISTERS,
     )  # fmt: skip
     center = new(batch, key_heads, dim, dtype=float32) if smooths else None
     v_scale = None if v_peak is None else new(batch, key_heads, dim, dtype=float32)
