@@ -5,14 +5,14 @@ scikit-learn, with a moving digit), calibrates it, and measures on clips that ne
 the error of every site's attention and of the model's output, untrained default against calibrated state, with the
 paper's form (linear tail, block mixing) calibrated beside it.
 
-    python benchmarks/calibration_quality.py
+    python -m benchmarks.calibration_quality --budget 0.95            print the tables (about ten minutes on a CPU)
+    python -m benchmarks.calibration_quality --budget 0.95 --save     also write results/calibration_quality.json
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import time
 from pathlib import Path
@@ -24,7 +24,9 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits, load_sample_images
 from torch import Tensor, nn
 
+from benchmarks.machine import RESULTS, describe_machine, save_record
 from sla2_compile.calibrate import calibrate
+from sla2_compile.calibration_report import CalibrationReport
 from sla2_compile.capture import Capture
 from sla2_compile.config import SLA2Config
 from sla2_compile.learned_state import Entry
@@ -224,6 +226,22 @@ def output_error(model: nn.Module, sparsity: float, test: list[dict[str, Tensor]
     return math.sqrt(difference / total)
 
 
+def site_errors(report: CalibrationReport) -> list[dict[str, Any]]:
+    """What the report's table shows, as plain values."""
+    return [
+        {
+            "name": site.name,
+            "sparsity": each.sparsity,
+            "before": each.before,
+            "after": each.after,
+            "form": each.form,
+            "errors": each.errors,
+        }
+        for site in report.sites
+        for each in site.results
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train-steps", type=int, default=600, help="training of the model (default: 600)")
@@ -232,7 +250,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3, help="learning rate of the router (default: 0.002)")
     parser.add_argument("--num-batches", type=int, default=48, help="batches for calibration (default: 48)")
     parser.add_argument("--budget", type=float, help="also spread kept blocks at this average sparsity")
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--save", action="store_true", help="write the figures to results/calibration_quality.json")
     args = parser.parse_args()
     if args.checkpoint and args.checkpoint.exists():
         model = VideoTransformer().eval()
@@ -245,10 +263,11 @@ def main() -> None:
     settings: dict[str, Any] = {"config": CONFIG, "steps": args.steps, "lr": args.lr, "progress": False}
     plain = prepare(copy.deepcopy(model), **data[0], config=CONFIG)
     learned, paper = copy.deepcopy(model), copy.deepcopy(model)
-    print(calibrate(learned, data, sparsity=SPARSITIES, **settings), flush=True)
+    report = calibrate(learned, data, sparsity=SPARSITIES, **settings)
+    print(report, flush=True)
     paper_report = calibrate(paper, data, sparsity=SPARSITIES, tails=("linear",), mixings=("block",), **settings)
     print(f"the paper's form alone: {paper_report.seconds:.0f} s")
-    rows = []
+    record: dict[str, Any] = {"held_out": report.totals(), "sites": site_errors(report), "test": []}
     print("\non test clips: relative L2 error of the attention output, by layer; of the model's output")
     for sparsity in SPARSITIES:
         for name, each, is_learned in (
@@ -258,17 +277,20 @@ def main() -> None:
         ):
             errors = measure(each, sparsity, test, learned=is_learned)
             mean, output = sum(errors) / len(errors), output_error(each, sparsity, test)
-            rows.append({"sparsity": sparsity, "state": name, "errors": errors, "mean": mean, "output": output})
+            record["test"].append(
+                {"sparsity": sparsity, "state": name, "errors": errors, "mean": mean, "output": output}
+            )
             shown = " ".join(f"{error:.4f}" for error in errors)
             print(f"{100 * sparsity:.0f} %  {name:<10}  {shown}  mean {mean:.4f}  output {output:.4f}", flush=True)
     if args.budget is not None:
         spread = copy.deepcopy(model)
-        report = calibrate(spread, data, budget=args.budget, tails=("pooled",), mixings=("row",), **settings)
-        print("\n".join(report.notes()))
-        assert report.budget is not None
-        rows.append({"budget": report.budget.per_site, **vars(report.budget)})
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1))
+        spread_report = calibrate(spread, data, budget=args.budget, tails=("pooled",), mixings=("row",), **settings)
+        print("\n".join(spread_report.notes()))
+        assert spread_report.budget is not None
+        record["budget"] = vars(spread_report.budget)
+    if args.save:
+        machine = describe_machine("benchmarks.calibration_quality", torch.device("cpu"))
+        save_record(RESULTS / "calibration_quality.json", {"machine": machine, **record})
 
 
 if __name__ == "__main__":
