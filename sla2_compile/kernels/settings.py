@@ -26,6 +26,7 @@ class Settings:
     token_grid: list[int] | None
     exact_prefix: int
     exact_suffix: int
+    fake_quant: bool = False
 
     @property
     def smooths_keys(self) -> bool:
