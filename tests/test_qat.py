@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 from sla2_compile import calibrate, explain, load_state, prepare, save_state
 from sla2_compile.config import SLA2Config
-from sla2_compile.learned_state import CallSettings, Entry, LearnedParameters, LowBit, OwnerSettings, calibration_context
+from sla2_compile.learned_state import (
+    CallSettings,
+    Entry,
+    LearnedParameters,
+    LowBit,
+    OwnerSettings,
+    calibration_context,
+)
 from sla2_compile.passes.pipeline import convert
 from sla2_compile.prepare import owner_state
 

@@ -33,7 +33,7 @@ from sla2_compile.passes.edit_graph import nested_graph
 from sla2_compile.passes.find_attention import walk
 from sla2_compile.passes.sites import Binding, Site
 
-FORMATS = ("qk_format", "pv_format")
+_FORMATS = ("qk_format", "pv_format")
 
 
 @dataclass
@@ -131,9 +131,7 @@ def _bind(
     entry = call.entries[0]
     config, problems = _with_formats(site, settings.low_bit)
     if call.is_calibrated:
-        # Formats that were chosen after the calibration, to train for them, are no surprise.
-        expected = [(name, value) for name, value in call.context if settings.low_bit is None or name not in FORMATS]
-        entry, config, unfit = _choose(site, config, dataclasses.replace(call, context=tuple(expected)), sparsity_is_default)
+        entry, config, unfit = _choose(site, config, call, sparsity_is_default, settings.low_bit)
         problems += unfit
     tensors = marked_tensors(settings, list(marked.marker.args[1]), call, entry)  # type: ignore[arg-type]
     if site.owner is not marked.owner:
@@ -190,7 +188,7 @@ def _with_formats(site: Site, low_bit: LowBit | None) -> tuple[SLA2Config, list[
 
 
 def _choose(
-    site: Site, config: SLA2Config, call: CallSettings, sparsity_is_default: bool
+    site: Site, config: SLA2Config, call: CallSettings, sparsity_is_default: bool, low_bit: LowBit | None
 ) -> tuple[Entry, SLA2Config, list[str]]:
     """The entry for a site, its config with what the entry decides, and what does not fit."""
     units = config.sparsity_units
@@ -206,7 +204,8 @@ def _choose(
         )
     now = dict(calibration_context(config))
     for name, value in call.context:
-        if now[name] != value:
+        # Formats that were chosen after the calibration, to train for them, are no surprise.
+        if now[name] != value and (low_bit is None or name not in _FORMATS):
             problems.append(
                 f"{site.name}: its state was calibrated with {name}={value!r}, and is used with {now[name]!r}"
             )

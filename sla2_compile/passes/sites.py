@@ -94,7 +94,8 @@ class Site:
         """Low-bit formats of Q K^T and P V, "" where there are none."""
         if self.config is None or self.verdict == "dense":
             return ""
-        named = [f"{what} {name}" for what, name in (("QK", self.config.qk_format), ("PV", self.config.pv_format)) if name]
+        formats = (("QK", self.config.qk_format), ("PV", self.config.pv_format))
+        named = [f"{product} {name}" for product, name in formats if name is not None]
         return ", ".join(named) + (" (fake-quantised)" if named and self.config.fake_quant else "")
 
     @property

@@ -28,7 +28,7 @@ Step = Literal["prepare", "convert"]
 
 
 @dataclass
-class SLA2QATConfig(AOBaseConfig):  # type: ignore[misc]  # torchao has no types
+class SLA2QATConfig(AOBaseConfig):
     """Low-bit formats for every prepared attention site that `quantize_` is pointed at.
 
     Takes effect under `torch.compile(model, backend="sla2")`; elsewhere a prepared model stays dense. Pass
@@ -71,7 +71,7 @@ def is_attention_site(module: nn.Module, name: str = "") -> bool:
     return isinstance(module, OwnerState)
 
 
-@register_quantize_module_handler(SLA2QATConfig)  # type: ignore[untyped-decorator]
+@register_quantize_module_handler(SLA2QATConfig)
 def _set_formats(module: nn.Module, config: SLA2QATConfig) -> nn.Module:
     if not isinstance(module, OwnerState):
         raise ValueError(
