@@ -150,6 +150,10 @@ def parameter_groups(model: nn.Module, lr: float) -> list[dict[str, Any]]:
     ]
 
 
+def optimizer_parameters(optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])
+
+
 class Checkpoints:
     """Checkpoints of model and optimizer, of one process or of many; the last complete one counts."""
 
@@ -208,9 +212,8 @@ class Log:
         losses, sparsities = figure.subplots(2, sharex=True, height_ratios=(3, 1))
         for name, style in (("loss", "-"), ("teacher_error", "-"), ("held_out", "o-")):
             points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-            losses.plot(
-                *zip(*points, strict=True), style, label=name.replace("_", " "), markersize=4
-            ) if points else None
+            if points:
+                losses.plot(*zip(*points, strict=True), style, label=name.replace("_", " "), markersize=4)
         losses.set(ylabel="mean squared error", yscale="log")
         losses.legend()
         sparsities.step([line["step"] for line in lines], [line["sparsity"] for line in lines], where="post")
@@ -255,6 +258,9 @@ def fine_tune(
                     wanted = teacher(x, t, clips.label).float()
                 teacher_error = F.mse_loss(velocity, wanted)
         (loss + args.teacher_weight * teacher_error).backward()
+        for parameter in optimizer_parameters(optimizer):
+            # The mixing of other levels takes no part; with state for it from the start, checkpoints are all alike.
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

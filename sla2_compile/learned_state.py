@@ -247,7 +247,9 @@ class OwnerState(nn.Module):
         for name, child in self.named_children():
             logit = state_dict.get(f"{prefix}{name}.alpha_logit")
             assert isinstance(child, LearnedParameters)
-            if logit is not None and logit.dim() == 2 and logit.shape[0] == child.alpha_logit.shape[0]:
+            if logit is None or logit.shape == child.alpha_logit.shape:
+                continue  # the same parameter stays, which an optimizer may hold
+            if logit.dim() == 2 and logit.shape[0] == child.alpha_logit.shape[0]:
                 child.alpha_logit = nn.Parameter(child.alpha_logit.new_zeros(logit.shape))
 
 
