@@ -135,11 +135,6 @@ class ClipMaker:
         return F.grid_sample(digits, grid, align_corners=False).unflatten(0, (-1, frames))
 
 
-def to_frames(video: Tensor) -> Tensor:
-    """(..., 3, H, W) from -1 to 1 as (..., H, W, 3) uint8."""
-    return ((video.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(-3, -1).cpu()
-
-
 def token_grid(size: tuple[int, int, int], patch: tuple[int, int, int]) -> tuple[int, int, int]:
     """(frames, height, width) in tokens of a clip of that size."""
     counts = tuple(n // p for n, p in zip(size, patch, strict=True))

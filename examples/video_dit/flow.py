@@ -19,12 +19,17 @@ def noisy(video: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     return torch.lerp(video, noise, t[:, None, None, None, None])
 
 
+def noise_like(video: Tensor, seed: int) -> Tensor:
+    """Noise of a seed, made where the video is; kinds of devices differ in theirs."""
+    generator = torch.Generator(video.device).manual_seed(seed)
+    return torch.randn(video.shape, generator=generator, device=video.device)
+
+
 def training_batch(clips: Clips, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """(noisy clip, t, target velocity) of a training step."""
-    generator = torch.Generator().manual_seed(seed)
     # Most steps where the model decides what is seen, fewer where all is noise or all is clear.
-    t = torch.randn(len(clips.video), generator=generator).sigmoid().to(clips.video.device)
-    noise = torch.randn(clips.video.shape, generator=generator).to(clips.video.device)
+    t = torch.randn(len(clips.video), generator=torch.Generator().manual_seed(seed)).sigmoid().to(clips.video.device)
+    noise = noise_like(clips.video, seed)
     return noisy(clips.video, noise, t), t, noise - clips.video
 
 
@@ -33,10 +38,9 @@ def held_out_loss(predict: Predict, batches: Sequence[Clips], seed: int = 1) -> 
     """Mean squared error of the velocity on fixed clips, at evenly spread times, with fixed noise."""
     losses = []
     for i, clips in enumerate(batches):
-        generator = torch.Generator().manual_seed(seed + i)
         count = len(clips.video)
         t = ((torch.arange(count) + (i + 0.5) / len(batches)) / count).to(clips.video.device)
-        noise = torch.randn(clips.video.shape, generator=generator).to(clips.video.device)
+        noise = noise_like(clips.video, seed + i)
         velocity = predict(noisy(clips.video, noise, t), t, clips.label)
         losses.append(F.mse_loss(velocity.float(), noise - clips.video))
     return torch.stack(losses).double().mean().item()

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from examples.video_dit.clips import to_frames
 from examples.video_dit.compiling import COMPILERS, Compiler, compile_blocks
-from examples.video_dit.flow import sample
+from examples.video_dit.flow import noise_like, sample
+from examples.video_dit.frames import save_frames
 from examples.video_dit.model import ModelConfig, VideoDiT
 from sla2_compile.config import SLA2Config
 from sla2_compile.prepare import prepare
@@ -54,10 +54,9 @@ def autocast(device: torch.device | str) -> torch.autocast:
 
 def make_clips(model: VideoDiT, count: int, num_steps: int, seed: int) -> Tensor:
     """(count, F, 3, H, W) clips of the first labels from the noise of a seed."""
-    config, device = model.config, model.cos.device
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(count, config.clip[0], 3, *config.clip[1:], generator=generator).to(device)
-    label = (torch.arange(count) % config.num_labels).to(device)
+    (frames, height, width), device = model.config.clip, model.cos.device
+    noise = noise_like(torch.empty(count, frames, 3, height, width, device=device), seed)
+    label = (torch.arange(count) % model.config.num_labels).to(device)
     with autocast(device):
         return sample(model, noise, label, num_steps)
 
@@ -65,15 +64,6 @@ def make_clips(model: VideoDiT, count: int, num_steps: int, seed: int) -> Tensor
 def digest(video: Tensor) -> str:
     """A hash of the bits of a tensor."""
     return hashlib.sha256(video.float().cpu().contiguous().numpy().tobytes()).hexdigest()
-
-
-def save_frames(video: Tensor, path: Path, num_frames: int = 4) -> None:
-    """A PNG with one row per clip and some of its frames."""
-    from PIL import Image
-
-    picked = to_frames(video)[:, torch.linspace(0, video.shape[1] - 1, num_frames).long()]  # (B, frames, H, W, 3)
-    rows = picked.permute(0, 2, 1, 3, 4).flatten(2, 3).flatten(0, 1)
-    Image.fromarray(rows.numpy()).save(path)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -84,7 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: 0)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compiler", choices=COMPILERS, default="inductor")
-    parser.add_argument("--output", type=Path, help="write frames to this PNG; needs pillow")
+    parser.add_argument("--output", type=Path, help="write frames to this PNG")
     args = parser.parse_args(arguments)
     compiler: Compiler = args.compiler
     model, options = load_model(args.model, args.device)
