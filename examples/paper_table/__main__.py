@@ -18,8 +18,9 @@ from pathlib import Path
 
 import torch
 
-from examples.paper_table.jobs import Context, all_jobs, pending, run_jobs
+from examples.paper_table.context import Context
 from examples.paper_table.presets import FULL, TINY, Preset
+from examples.paper_table.schedule import all_jobs, pending, run_jobs
 from examples.paper_table.storage import HERE, Storage
 from examples.video_dit.photographs import gather, pack
 
