@@ -41,7 +41,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     collect = commands.add_parser("collect", parents=[common], help="take in a bundle")
     collect.add_argument("folder", type=Path)
     report = commands.add_parser("report", parents=[common], help="write the page and its pictures")
-    report.add_argument("--docs", type=Path, default=HERE.parents[1] / "docs", help="folder of the page")
+    report.add_argument("--docs", type=Path, help="folder of the page (default: docs; with --tiny, that of its work)")
     return parser.parse_args(arguments)
 
 
@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
     elif args.command == "report":
         from examples.paper_table.report import write_report
 
-        print(write_report(preset, storage, args.docs))
+        print(write_report(preset, storage, args.docs or (storage.work if args.tiny else HERE.parents[1] / "docs")))
     else:
         torch.set_float32_matmul_precision("high")
         context = Context(preset, storage, args.device, start + args.budget_seconds)

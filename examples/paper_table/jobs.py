@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import subprocess
+import sys
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +25,7 @@ from examples.video_dit.compiling import compile_blocks
 from examples.video_dit.flow import held_out_loss, noise_like, noisy
 from examples.video_dit.frames import save_frames
 from examples.video_dit.model import VideoDiT
-from examples.video_dit.serve import autocast, prepare_model
+from examples.video_dit.serve import autocast, digest, make_clips, prepare_model, save_model
 from sla2_compile import SLA2Config, calibrate
 from sla2_compile.learned_state import LowBit
 from sla2_compile.prepare import owner_state, prepared_owners
@@ -156,6 +160,9 @@ class RowJob:
         result["measures"], video = context.measure(model)
         if row.low_bit:
             result["formats"] = dataclasses.asdict(context.low_bit())
+            if self.seed == 0:
+                assert options is not None
+                result["served"] = serve_in_new_process(model, options, context)
         if row.measures_quantised:
             set_formats(model, context.low_bit())
             compile_blocks(model, options, preset.compiler)
@@ -187,6 +194,20 @@ class RowJob:
         if row.low_bit:
             set_formats(model, context.low_bit())
         return model, options
+
+
+def serve_in_new_process(model: VideoDiT, options: dict[str, Any], context: Context) -> dict[str, Any]:
+    """Save a compiled, fine-tuned model, let another process load it and make clips, and compare their bits."""
+    settings = {"count": 2, "steps": 4, "seed": 0}
+    expected = digest(make_clips(model, settings["count"], settings["steps"], settings["seed"]))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.pt"
+        save_model(model, options, path, model.state_dict())
+        command = [sys.executable, "-m", "examples.video_dit.serve", str(path)]
+        command += ["--device", context.device, "--compiler", context.preset.compiler]
+        command += [f"--{name}={value}" for name, value in settings.items()]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return {"same_bits": done.stdout.split()[-1] == expected, **settings}
 
 
 def set_formats(model: VideoDiT, low_bit: LowBit) -> None:

@@ -59,6 +59,7 @@ def page(preset: Preset, storage: Storage, pictures: list[str]) -> str:
         missing=[f"`{job.name}`" for job in pending(preset, storage, ("*",))],
         devices="; ".join(sorted({f"{result['device']}, torch {result['torch']}" for result in results.values()})),
         claims=_claims(results),
+        served=_served(results),
         trained=_rows_table(results, [row for row in all_rows() if row.trained and not _is_only_in_grid(row)]),
         grid=_rows_table(results, _grid()),
         untrained=_rows_table(results, [row for row in all_rows() if not row.trained]),
@@ -131,6 +132,11 @@ def _claims(results: Results) -> str:
         left, right = claim.left.losses(results), claim.right.losses(results)
         table.append([claim.text, _spread(left, 5), _spread(right, 5), verdict(left, right, equal=claim.equal)])
     return _markdown(table, ["claim", "left", "right", "here"])
+
+
+def _served(results: Results) -> str:
+    found = [result["served"]["same_bits"] for result in results.values() if "served" in result]
+    return f"{sum(found)} of {len(found)}" if found else "not measured"
 
 
 def verdict(left: list[float], right: list[float], *, equal: bool) -> str:
