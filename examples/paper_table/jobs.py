@@ -143,6 +143,8 @@ class RowJob:
 
     def run(self, context: Context) -> dict[str, Any]:
         row, preset = self.row, context.preset
+        # The teacher's clips first: compiling it would drop what is compiled for the row.
+        _ = context.wanted
         model, options = self.build(context)
         result: dict[str, Any] = {"row": dataclasses.asdict(row), "seed": self.seed}
         compile_blocks(model, options, preset.compiler)

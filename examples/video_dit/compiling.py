@@ -24,7 +24,7 @@ def compile_blocks(model: VideoDiT, options: Mapping[str, Any] | None, compiler:
     """
     # Dynamo keeps a few versions of a function and then, with a warning only, runs it uncompiled: here dense. A ramp
     # has many levels, so old versions go.
-    torch._dynamo.reset()
+    torch.compiler.reset()
     backend: Any = compiler
     settings: dict[str, Any] = {}
     if options is not None and compiler == "inductor":
