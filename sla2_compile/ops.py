@@ -47,8 +47,8 @@ _library.define(
 
 
 def _settings(values: tuple[Any, ...]) -> Settings:
-    # The dispatcher leaves out last arguments that are their default.
-    return Settings(**dict(zip(_SETTINGS_NAMES, values, strict=False)))
+    # The dispatcher leaves out a last argument that is its default.
+    return Settings(**dict(zip(_SETTINGS_NAMES[: len(values)], values, strict=True)))
 
 
 # The precision of every step is the implementation's own choice, so autocast must not reach inside.
@@ -56,7 +56,7 @@ def _forward(*args: Any) -> tuple[Tensor, ...]:
     device = args[0].device
     with torch.autocast(device.type, enabled=False):
         settings = _settings(args[9:])
-        return forward_of(device, fake_quant=settings.fake_quant)(*args[:9], settings)
+        return forward_of(device, only_rounds=settings.only_rounds)(*args[:9], settings)
 
 
 def _backward(*args: Any) -> tuple[Tensor, ...]:

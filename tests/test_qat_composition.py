@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from learned_models import compile_aot, parameters, randomize, with_learned_refe
 from small_models import SMALL, SMALL_OPTIONS, Attention, Blocks, tokens
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from two_ranks import run_on_two_ranks
 
 from sla2_compile import prepare
 from sla2_compile.config import SLA2Config
@@ -25,7 +24,6 @@ from torchao.quantization import qat, quantize_
 from sla2_compile.quant import SLA2QATConfig, is_attention_site
 
 LOW_BIT = SLA2Config(**SMALL_OPTIONS, qk_format="int8", pv_format="fp8")
-WORKER = Path(__file__).with_name("fsdp_worker.py")
 
 
 @pytest.fixture(autouse=True)
@@ -67,8 +65,7 @@ LINEARS = {
 }
 
 
-@pytest.mark.parametrize("kind", LINEARS)
-@pytest.mark.parametrize("attention_first", [True, False])
+@pytest.mark.parametrize("kind, attention_first", [("int8 weights", False), *((kind, True) for kind in LINEARS)])
 @torch.no_grad()
 def test_linear_layers_may_be_quantised_before_or_after_the_attention(kind: str, attention_first: bool) -> None:
     device = "cpu"
@@ -172,10 +169,4 @@ def test_the_backend_trains_with_inductor_as_without_it() -> None:
 
 
 def test_sharded_by_fsdp2_over_two_ranks_it_trains_as_on_one(tmp_path: Path) -> None:
-    command = [sys.executable, str(WORKER)]
-    processes = [
-        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=100)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+    run_on_two_ranks("fsdp_worker.py", tmp_path)

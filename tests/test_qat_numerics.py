@@ -12,6 +12,7 @@ from attention_cases import Case, make_case, output_and_gradients
 from tolerances import EXPECTED_GRADIENT, FAKE_QUANT, LOW_BIT_GRADIENT, relative_error
 from torch import Tensor
 
+from sla2_compile.kernels import blocked
 from sla2_compile.kernels.dispatch import missing_for_format
 from sla2_compile.kernels.reference import quantize_blocks
 from sla2_compile.quant.formats import INT8_MAX, quantize_dequantize, round_to_format
@@ -152,6 +153,22 @@ def test_fake_quantisation_needs_no_low_bit_kernels(monkeypatch: pytest.MonkeyPa
         case.op()
     fake = replace(case, config=replace(case.config, fake_quant=True))
     assert fake.op().isfinite().all()
+
+
+@pytest.mark.parametrize("formats, rounds", [({}, False), ({"qk_format": "int8"}, True), ({"pv_format": "fp8"}, True)])
+def test_without_a_format_there_is_nothing_to_round_and_the_device_s_kernels_run(
+    formats: dict[str, Any], rounds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def forward_of(device: torch.device, *, only_rounds: bool) -> Callable[..., Any]:
+        seen.append(only_rounds)
+        return blocked.forward
+
+    monkeypatch.setattr("sla2_compile.ops.forward_of", forward_of)
+    make_case(fake_quant=True, **formats).op()
+    make_case(fake_quant=False, **formats).op()
+    assert seen == [rounds, False]
 
 
 @pytest.mark.gpu

@@ -117,7 +117,13 @@ class Stage1:
                 state.replace_call(dataclasses.replace(call, entries=entries), parameters)
         learned = {name: x.cpu() for name, x in model.state_dict().items() if ".sla2." in name}
         torch.save(learned, context.storage.work / f"{self.name}.pt")
-        return {"sites": [dataclasses.asdict(site) | {"results": []} for site in report.sites], "report": str(report)}
+        return {
+            "errors": [
+                {"site": site.name, "sparsity": each.sparsity, "before": each.before, "after": each.after}
+                for site in report.sites
+                for each in site.results
+            ]
+        }
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ TINY = Preset(
     num_held_out=4,
     seeds=1,
     compiler="aot_eager",
-    job_seconds=2,
+    job_seconds=1,
 )
 
 PRESETS = {preset.name: preset for preset in (FULL, TINY)}

@@ -41,25 +41,31 @@ def pending(preset: Preset, storage: Storage, patterns: tuple[str, ...]) -> Iter
             yield job
 
 
+def expected_seconds(job: Job, storage: Storage, preset: Preset) -> float:
+    """As long as the longest job of its kind took, or the preset's guess."""
+    kinds = {each.name: type(each) for each in all_jobs(preset)}
+    known = [result["seconds"] for name, result in storage.all_results().items() if kinds.get(name) is type(job)]
+    return max(known, default=preset.job_seconds)
+
+
 def run_jobs(context: Context, patterns: tuple[str, ...]) -> list[str]:
     """Run what is pending, as far as the time goes; the names of jobs that failed."""
+    preset, storage = context.preset, context.storage
     failed = []
-    done = set(context.storage.all_results())
-    longest = {TeacherStage: 0.0, Stage1: 0.0, RowJob: 0.0}
-    for job in list(pending(context.preset, context.storage, patterns)):
-        if missing := missing_needs(job, done, context.preset):
+    for job in list(pending(preset, storage, patterns)):
+        if missing := missing_needs(job, set(storage.all_results()), preset):
             print(f"{job.name}: waits for {', '.join(missing)}", flush=True)
             continue
-        left = context.deadline - time.monotonic()
-        if left < (longest[type(job)] or context.preset.job_seconds / 4):
-            print(f"{job.name}: {left:.0f} s are left, too few to begin", flush=True)
+        left, expected = context.deadline - time.monotonic(), expected_seconds(job, storage, preset)
+        if left < expected:
+            print(f"{job.name}: {left:.0f} s are left, too few to begin what takes about {expected:.0f}", flush=True)
             break
         print(f"{job.name}: begins, {left:.0f} s are left", flush=True)
         start = time.monotonic()
         try:
             result = job.run(context)
         except OutOfTimeError:
-            print(f"{job.name}: stopped, goes on from its checkpoint in {context.storage.unfinished}", flush=True)
+            print(f"{job.name}: stopped, goes on from its checkpoint in {storage.unfinished}", flush=True)
             break
         except Exception:
             # What other rows need must not be lost with this one.
@@ -67,9 +73,6 @@ def run_jobs(context: Context, patterns: tuple[str, ...]) -> list[str]:
             failed.append(job.name)
             continue
         seconds = time.monotonic() - start
-        longest[type(job)] = max(longest[type(job)], seconds)
-        result |= {"preset": context.preset.name, "seconds": seconds, **context.machine()}
-        context.storage.write_result(job.name, result)
-        done.add(job.name)
+        storage.write_result(job.name, {**result, "preset": preset.name, "seconds": seconds, **context.machine()})
         print(f"{job.name}: done in {seconds:.0f} s; {result.get('measures', '')}", flush=True)
     return failed

@@ -29,6 +29,11 @@ class Settings:
     fake_quant: bool = False
 
     @property
+    def only_rounds(self) -> bool:
+        """Whether formats are to be rounded to, and not to be run by the device's low-bit kernels."""
+        return self.fake_quant and (self.qk_format is not None or self.pv_format is not None)
+
+    @property
     def smooths_keys(self) -> bool:
         """Whether subtracting the keys' mean changes anything: softmax does not see it, phi and low bits do."""
         return self.tail == "linear" or self.qk_format is not None
