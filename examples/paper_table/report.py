@@ -136,7 +136,7 @@ def _claims(results: Results) -> str:
 
 def _served(results: Results) -> str:
     found = [result["served"]["same_bits"] for result in results.values() if "served" in result]
-    return f"{sum(found)} of {len(found)}" if found else "not measured"
+    return ("yes" if all(found) else "no") if found else "not measured"
 
 
 def verdict(left: list[float], right: list[float], *, equal: bool) -> str:
