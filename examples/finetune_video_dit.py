@@ -3,8 +3,8 @@
 A dense teacher is trained for a while, or read from the output folder; stage 1 learns router and mixing on it
 (`calibrate`); then all weights train with the hard router frozen, at a sparsity that rises in steps, the forward
 rounded to INT8 and FP8; at the end the attention is converted to low-bit kernels and the model is written to a file.
-The clips are made on the fly (examples/video_dit). It needs `pip install '.[demo,quant]'` and, small as it is by default,
-a few minutes on a CPU:
+The clips are made on the fly (examples/video_dit). It needs `pip install '.[demo,quant]'` and, small as it is by
+default, a few minutes on a CPU:
 
     python examples/finetune_video_dit.py
     torchrun --nproc-per-node 2 examples/finetune_video_dit.py      # the same, sharded by FSDP2
@@ -381,8 +381,8 @@ def run(args: argparse.Namespace) -> None:
     if is_main:
         save_model(model, options, args.output / "model.pt", whole)
         print(
-            f"held-out loss: {dense:.4f} dense teacher before fine-tuning, {converted:.4f} at {100 * args.sparsity:g} % sparsity, "
-            f"{args.qk_format} and {args.pv_format}\n"
+            f"held-out loss: {dense:.4f} dense teacher before fine-tuning, {converted:.4f} fine-tuned at "
+            f"{100 * args.sparsity:g} % sparsity, {args.qk_format} and {args.pv_format}\n"
             f"{args.output}: model.pt, log.jsonl, curves.png; make clips with it:\n"
             f"python -m examples.video_dit.serve {args.output / 'model.pt'} --output frames.png"
         )

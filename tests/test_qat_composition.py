@@ -10,9 +10,9 @@ import pytest
 import torch
 from learned_models import compile_aot, parameters, randomize, with_learned_reference
 from small_models import SMALL, SMALL_OPTIONS, Attention, Blocks, tokens
+from test_sharding import run_in_two_processes
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from two_ranks import run_on_two_ranks
 
 from sla2_compile import prepare
 from sla2_compile.config import SLA2Config
@@ -169,4 +169,4 @@ def test_the_backend_trains_with_inductor_as_without_it() -> None:
 
 
 def test_sharded_by_fsdp2_over_two_ranks_it_trains_as_on_one(tmp_path: Path) -> None:
-    run_on_two_ranks("fsdp_worker.py", tmp_path)
+    run_in_two_processes("qat_fsdp_worker.py", tmp_path)
