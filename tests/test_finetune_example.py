@@ -94,6 +94,7 @@ def test_the_router_stays_while_weights_and_mixing_train(finished: Path) -> None
     assert not torch.equal(teacher["head.weight"], after["head.weight"])
 
 
+@pytest.mark.slow
 def test_the_model_it_leaves_is_converted_and_serves_the_same_frames_in_a_new_process(finished: Path) -> None:
     path = finished / "model.pt"
     model, options = load_model(path)
