@@ -5,7 +5,7 @@ three photographs, with a disc and a digit that move), calibrates it, and measur
 calibration saw: the error of every site's attention and of the model's output, untrained default against calibrated
 state, with the paper's form (linear tail, block mixing) calibrated beside it.
 
-    python -m benchmarks.calibration_quality --budget 0.95            print the tables (about ten minutes on a CPU)
+    python -m benchmarks.calibration_quality --budget 0.95            print the tables (half an hour on a CPU)
     python -m benchmarks.calibration_quality --budget 0.95 --save     also write results/calibration_quality.json
 """
 
@@ -127,7 +127,7 @@ def site_errors(report: CalibrationReport) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train-steps", type=int, default=600, help="training of the model (default: 600)")
+    parser.add_argument("--train-steps", type=int, default=2400, help="training of the model (default: 2400)")
     parser.add_argument("--checkpoint", type=Path, help="keep the trained model here, and read it if it exists")
     parser.add_argument("--steps", type=int, default=300, help="calibration steps of each site (default: 300)")
     parser.add_argument("--lr", type=float, default=2e-3, help="learning rate of the router (default: 0.002)")
