@@ -22,7 +22,7 @@ from sla2_compile.kernels.triton_backward_linear_keys import LinearConfig, key_b
 
 @triton.jit
 def _tail_sums_kernel(
-    bits_ptr, n_ptr, z_ptr, mask_ptr, sum_ptr, value, H, GROUP, M, T, W,
+    bits_ptr, n_ptr, z_ptr, mask_ptr, sum_ptr, value, H, GROUP, M, T, W, mask_stride,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Grid (B H, M / ROWS, BLOCK_D / CHANNELS): `value` where a block is in the tail, else 0, and that times z."""
@@ -40,7 +40,7 @@ def _tail_sums_kernel(
         in_tail = ((words >> (j & 31)[None, :]) & 1 == 0) & (n > 0)[None, :]
         mask = tl.where(in_tail, value, 0.0)
         if tl.program_id(2) == 0:
-            tl.store(mask_ptr + row[:, None] * T + j[None, :], mask.to(mask_ptr.dtype.element_ty), mask=inside)
+            tl.store(mask_ptr + row[:, None] * mask_stride + j[None, :], mask.to(mask_ptr.dtype.element_ty), mask=inside)
         z = tl.load(
             z_ptr + (kv_head * T + j)[:, None] * D + d[None, :], mask=(j < T)[:, None] & (d < D)[None, :], other=0.0
         )
@@ -64,12 +64,14 @@ def tail_sums(bits: Tensor, n: Tensor, z: Tensor, value: float, dtype: torch.dty
         sums (B H, M, D) float32: its product with z.
     """
     (batch, heads, blocks, words), (key_heads, T, dim) = bits.shape, z.shape
-    rows, channels, block_d = 16, min(64, padded_dim(dim)), padded_dim(dim)
-    mask = n.new_empty(key_heads, batch * heads // key_heads * blocks, T, dtype=dtype)
+    rows, channels, block_d = 64, min(64, padded_dim(dim)), padded_dim(dim)
+    # The copy engine needs rows that begin at multiples of 16 bytes; without it a matmul takes several times as long.
+    mask_stride = num_blocks(T, 16) * 16
+    mask = n.new_empty(key_heads, batch * heads // key_heads * blocks, mask_stride, dtype=dtype)[:, :, :T]
     sums = n.new_empty(batch * heads, blocks, dim)
     _tail_sums_kernel[batch * heads, num_blocks(blocks, rows), block_d // channels](
-        bits, n, z, mask, sums, value, heads, batch * heads // key_heads, blocks, T, words,
-        D=dim, BLOCK_D=block_d, ROWS=rows, KEYS=64, CHANNELS=channels, num_warps=4,
+        bits, n, z, mask, sums, value, heads, batch * heads // key_heads, blocks, T, words, mask_stride,
+        D=dim, BLOCK_D=block_d, ROWS=rows, KEYS=32, CHANNELS=channels, num_warps=8,
     )  # fmt: skip
     return mask, sums
 

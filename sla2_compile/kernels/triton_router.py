@@ -111,7 +111,7 @@ def _choose_kernel(
     tl.store(kept_ptr + tl.cumsum(chosen.to(tl.int32), 0), t, mask=chosen)
     slot = tl.arange(0, SLOTS)
     tl.store(kept_ptr + 1 + slot, tl.zeros([SLOTS], tl.int32), mask=(slot >= count) & (slot < slots))
-    bit = ((chosen | keeps_all) & exists).to(tl.int32) << (t & 31)
+    bit = (chosen | keeps_all | ~exists).to(tl.int32) << (t & 31)
     word = tl.arange(0, BLOCK_T // 32)
     tl.store(bits_ptr + row * words + word, tl.sum(tl.reshape(bit, [BLOCK_T // 32, 32]), 1), mask=word < words)
 
@@ -120,7 +120,7 @@ def _choose_kernel(
 class Choice:
     """What the router chose beside `kept`."""
 
-    bits: Tensor  # (B, H, M, W) int32, bit j % 32 of word j // 32 is set where the query block keeps key block j
+    bits: Tensor  # (B, H, M, W) int32, bit j % 32 of word j // 32: it keeps key block j, or there is none; W is even
     num_nonempty: Tensor | None  # (B,) int32 key blocks with a real key; None: all have one
 
 
@@ -158,7 +158,7 @@ def route(
         q_bar, k_bar, scores, heads, heads // key_heads, rows, total, settings.scale,
         D=dim, BLOCK_D=padded_dim(dim), ROWS=tile, KEYS=tile, CHUNK=min(CHUNK, padded_dim(dim)), num_warps=4,
     )  # fmt: skip
-    words = num_blocks(total, 32)
+    words = 2 * num_blocks(total, 64)
     bits = kept.new_empty(batch, heads, rows, words)
     num_nonempty = kept.new_empty(batch) if masked else None
     keys, queries = settings.exact_keys(kv_len), settings.exact_queries(q_len, kv_len)
@@ -166,7 +166,8 @@ def route(
     _choose_kernel[batch * heads * rows,](
         scores, n, kept, bits, num_nonempty, heads, rows, total, slots, words, keys.num_first, keys.last_start,
         queries.num_first, queries.last_start, BLOCK_T=block_t, SLOTS=next_power_of_two(slots),
-        num_warps=min(8, max(1, block_t // 512)),
+        # Sums over a warp are one instruction, over several a wait for each other.
+        num_warps=min(8, max(1, block_t // 2048)),
     )  # fmt: skip
     return Choice(bits, num_nonempty)
 
