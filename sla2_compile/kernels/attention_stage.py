@@ -11,12 +11,6 @@ from sla2_compile.kernels.triton_statistics import Statistics
 
 
 @dataclass(frozen=True)
-class LinearStates:
-    state: Tensor  # (B H, M, D, D) in the inputs' dtype
-    normalizer: Tensor  # (B H, M, D) float32
-
-
-@dataclass(frozen=True)
 class AttentionInputs:
     q: Tensor  # (B, H, N, D), last stride 1
     k: Tensor  # (B, G, N_kv, D), last stride 1
@@ -26,7 +20,7 @@ class AttentionInputs:
     num_nonempty: Tensor | None  # (B,) int32 key blocks with a real key; None: all have one
     statistics: Statistics
     codes: Codes
-    linear: LinearStates | None  # None where the tail is pooled or empty
+    states: Tensor | None  # (B H, M, D + 1, D) H and below it Z in the inputs' dtype, for a linear tail
     alpha_logit: Tensor | None  # (H, M) float32 or None for 0
     alpha_gain: Tensor | None  # (H,) float32 or None for 1; row mixing only
     real: Tensor | None  # (B, N_kv) bool or None where all keys are real

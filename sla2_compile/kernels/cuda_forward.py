@@ -74,10 +74,10 @@ def _prepare(
     order = visiting_order(settings, kv_len, q.device)
     real = None if attn_mask is None else attn_mask.expand(q.shape[0], 1, 1, kv_len)[:, 0, 0]
     real = real if real is None or real.stride(1) == 1 else real.contiguous()
-    has_tail, linear = kept.shape[3] - 1 < num_blocks(kv_len, settings.block_k), None
+    has_tail, states = kept.shape[3] - 1 < num_blocks(kv_len, settings.block_k), None
     statistics = block_statistics(
         q, k, v, real, order, settings,
-        needs_v_bar=has_tail and settings.tail == "pooled", smooth_k_bar=settings.qk_format is not None,
+        needs_v_bar=has_tail and settings.tail == "pooled", smooth_k_bar=settings.is_low_bit,
     )  # fmt: skip
     choice = route(
         statistics.q_mean, statistics.k_mean, statistics.n, proj_q, proj_k, kept, q.shape[2], kv_len, settings,
@@ -86,10 +86,10 @@ def _prepare(
     codes = low_bit_codes(k, v, statistics, real, order, settings)
     if has_tail and settings.tail == "linear":
         assert statistics.center is not None
-        linear = linear_states(
+        states = linear_states(
             k, v, choice.bits, statistics.n, statistics.center, real, order, settings, shared_memory(q.device)
         )
     return AttentionInputs(
-        q, k, v, kept, choice.bits, choice.num_nonempty, statistics, codes, linear, alpha_logit, alpha_gain, real,
+        q, k, v, kept, choice.bits, choice.num_nonempty, statistics, codes, states, alpha_logit, alpha_gain, real,
         order,
     )  # fmt: skip

@@ -18,3 +18,10 @@ def matrix_shape(x: Tensor) -> tuple[int, int] | None:
         return None
     last = (batch - 1) * x.stride(0) + (heads - 1) * x.stride(1)
     return last // pitch + length, pitch
+
+
+def matrix_steps(x: Tensor) -> tuple[int, int, int]:
+    """Of a matrix as above: rows from one batch element to the next, and rows and columns from one head to the next."""
+    pitch = x.stride(2)
+    rows, columns = divmod(x.stride(1), pitch) if x.shape[1] > 1 else (0, 0)
+    return (x.stride(0) // pitch if x.shape[0] > 1 else 0), rows, columns

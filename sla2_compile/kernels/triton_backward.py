@@ -24,13 +24,14 @@ from sla2_compile.kernels.triton_backward_linear_keys import (
     key_block_states,
     linear_config,
     linear_key_gradients,
+    states_config,
 )
 from sla2_compile.kernels.triton_backward_linear_queries import linear_query_gradients
 from sla2_compile.kernels.triton_backward_queries import queries_config, query_gradient
 from sla2_compile.kernels.triton_backward_rows import Rows, row_statistics
 from sla2_compile.kernels.triton_backward_tail import tail_config, tail_gradient
 from sla2_compile.kernels.triton_inverse_index import InverseIndex, inverse_index
-from sla2_compile.kernels.triton_linear_state import tail_sums
+from sla2_compile.kernels.triton_linear_state import tail_mask, tail_states
 from sla2_compile.kernels.triton_statistics import Statistics, block_statistics
 from sla2_compile.kernels.triton_token_order import visiting_order
 
@@ -131,13 +132,13 @@ def _linear_tail(
     (batch, _, kv_len, dim), blocks = k.shape, index.bits.shape[1]
     # Powers of two that bring H, a sum over all tokens, and its gradient to the size of v and dO: fp16 needs it.
     factor = 2.0 ** -max(0, round(math.log2(kv_len / dim) / 2))
-    h, z = key_block_states(k, v, means.center, real, order, factor, settings, config)
+    state_config = states_config(dim, k.element_size(), shared_memory(k.device))
+    states = key_block_states(k, v, means.center, real, order, factor, settings, state_config)
     bits = index.bits.view(batch, -1, blocks, index.bits.shape[2])
-    mask, normalizer = tail_sums(bits, means.n, z, factor, q.dtype)  # (B G, H / G M, T), (B H, M, D)
-    state = torch.bmm(mask, h.flatten(2)).view(-1, blocks, dim, dim)
-    del h
-    d_state, d_normalizer = linear_query_gradients(dq, grad_out, q, state, normalizer, rows, order, settings, config)
-    del state
+    mask = tail_mask(bits, means.n, factor, k.shape[1], q.dtype)  # (B G, H / G M, T)
+    states = tail_states(mask, states).view(-1, blocks, dim + 1, dim)
+    d_state, d_normalizer = linear_query_gradients(dq, grad_out, q, states, rows, order, settings, config, state_config)
+    del states
     # H came with factor twice, dh goes with it once more.
     dh = (mask.mT @ d_state.view(*mask.shape[:2], -1)).unflatten(2, (dim, dim))
     dz = mask.float().mT @ d_normalizer.view(*mask.shape[:2], -1)

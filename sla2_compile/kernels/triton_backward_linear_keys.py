@@ -1,6 +1,6 @@
 """The linear tail on the side of the keys: h_j, z_j of each key block, and dk, dv from their gradients.
 
-h_j = phi(k_j)^T v_j,  z_j = sum phi(k_j),    dphi(k) = v dh^T + dz,  dv = phi(k) dh
+h_j = phi(k_j)^T v_j,  z_j = sum phi(k_j),  one matrix of D + 1 rows,    dphi(k) = v dh^T + dz,  dv = phi(k) dh
 """
 
 from __future__ import annotations
@@ -39,6 +39,14 @@ def linear_config(dim: int, itemsize: int, shared_memory: int) -> LinearConfig:
     return LinearConfig(64, 32, 8) if large else LinearConfig(16, 32, 8)
 
 
+def states_config(dim: int, itemsize: int, shared_memory: int) -> LinearConfig:
+    """For the kernel that makes the key blocks' states, as above."""
+    if dim == 128 and itemsize == 2 and shared_memory >= 200 * 1024:
+        # All of v at once measures fastest: phi is made once.
+        return LinearConfig(64, 128, 8)
+    return linear_config(dim, itemsize, shared_memory)
+
+
 def linear_constants(x: Tensor, config: LinearConfig, settings: Settings) -> dict[str, Any]:
     """What all of the linear tail's kernels are compiled for; `x` is one of the inputs."""
     block_d = padded_dim(x.shape[3])
@@ -61,11 +69,11 @@ def _smoothed_keys(k_ptr, k_mean_ptr, token, real, k_sn, D: tl.constexpr, BLOCK_
 
 @triton.jit
 def _state_kernel(
-    k_ptr, v_ptr, k_mean_ptr, real_ptr, order_ptr, h_ptr, z_ptr, k_sb, k_sh, k_sn, v_sb, v_sh, v_sn, real_sb,
+    k_ptr, v_ptr, k_mean_ptr, real_ptr, order_ptr, states_ptr, k_sb, k_sh, k_sn, v_sb, v_sh, v_sn, real_sb,
     G, N_KV, T, factor, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, KEYS: tl.constexpr,
     VALUES: tl.constexpr, MAP: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B G T, D / VALUES): h_j (D, VALUES) and, once, z_j, both times `factor`."""
+    """Grid (B G T, D / VALUES): h_j (D, VALUES) and, once, z_j below it, both times `factor`."""
     k_sb, k_sh, k_sn = in_elements((k_sb, k_sh, k_sn), UNIT)
     v_sb, v_sh, v_sn = in_elements((v_sb, v_sh, v_sn), UNIT)
     row = tl.program_id(0).to(tl.int64)
@@ -86,10 +94,12 @@ def _state_kernel(
         v = tl.load(v_ptrs, mask=real[:, None] & (e < D)[None, :], other=0.0)
         state = tl.dot(tl.trans(phi.to(v.dtype)), v, state, input_precision=PRECISION)
         normalizer += tl.sum(phi, 0)
-    ptrs = h_ptr + row * D * D + d[:, None] * D + e[None, :]
-    tl.store(ptrs, (state * factor).to(h_ptr.dtype.element_ty), mask=(d < D)[:, None] & (e < D)[None, :])
+    states_ptr += row * (D + 1) * D
+    element: tl.constexpr = states_ptr.dtype.element_ty
+    ptrs = states_ptr + d[:, None] * D + e[None, :]
+    tl.store(ptrs, (state * factor).to(element), mask=(d < D)[:, None] & (e < D)[None, :])
     if tl.program_id(1) == 0:
-        tl.store(z_ptr + row * D + d, normalizer * factor, mask=d < D)
+        tl.store(states_ptr + D * D + d, (normalizer * factor).to(element), mask=d < D)
 
 
 @triton.jit
@@ -147,17 +157,17 @@ def key_block_states(
     factor: float,
     settings: Settings,
     config: LinearConfig,
-) -> tuple[Tensor, Tensor]:
-    """h (B G, T, D, D) in k's dtype and z (B G, T, D) float32, both times `factor`."""
+) -> Tensor:
+    """h_j and below it z_j, both times `factor`: (B G, T, D + 1, D) in k's dtype."""
     (batch, heads, kv_len, dim), T = k.shape, num_blocks(k.shape[2], settings.block_k)
-    h, z = k.new_empty(batch * heads, T, dim, dim), k.new_empty(batch * heads, T, dim, dtype=torch.float32)
+    states = k.new_empty(batch * heads, T, dim + 1, dim)
     constants, (unit, strides) = linear_constants(k, config, settings), token_strides(k, v)
     _state_kernel[batch * heads * T, num_blocks(dim, constants["VALUES"])](
-        k, v, k_mean, real, order, h, z, *strides, 0 if real is None else real.stride(0),
+        k, v, k_mean, real, order, states, *strides, 0 if real is None else real.stride(0),
         heads, kv_len, T, factor, BLOCK_K=settings.block_k, KEYS=min(config.rows, settings.block_k),
         UNIT=unit, num_warps=config.num_warps, **constants,
     )  # fmt: skip
-    return h, z
+    return states
 
 
 def linear_key_gradients(

@@ -10,6 +10,8 @@ With w = phi(q) . Z and (1 - a) dO . O_l = dO . O - a dO . O_s (`linear_product`
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -29,14 +31,14 @@ def _phi_and_normalizer(q, z_ptr, D: tl.constexpr, BLOCK_D: tl.constexpr, MAP: t
     """phi(q), Z, and 1 / w where w > 0, else 0."""
     d = tl.arange(0, BLOCK_D)
     phi = feature_map(q.to(tl.float32), D, BLOCK_D, MAP)
-    z = tl.load(z_ptr + d, mask=d < D, other=0.0)
+    z = tl.load(z_ptr + d, mask=d < D, other=0.0).to(tl.float32)
     w = tl.sum(phi * z[None, :], 1)
     return phi, z, tl.where(w > 0, 1 / tl.where(w > 0, w, 1.0), 0.0)
 
 
 @triton.jit
 def _query_kernel(
-    q_ptr, grad_ptr, order_ptr, h_ptr, z_ptr, weight_ptr, product_ptr, dq_ptr,
+    q_ptr, grad_ptr, order_ptr, states_ptr, weight_ptr, product_ptr, dq_ptr,
     q_sb, q_sh, q_sn, grad_sb, grad_sh, grad_sn, H, N, M,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, ROWS: tl.constexpr, VALUES: tl.constexpr,
     MAP: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
@@ -52,7 +54,8 @@ def _query_kernel(
     exists = position < N
     token = token_of(order_ptr, position, N)
     q = load_tile(q_ptr + b * q_sb + h * q_sh, token, exists, q_sn, D, BLOCK_D)
-    phi, z, inverse = _phi_and_normalizer(q, z_ptr + row * D, D, BLOCK_D, MAP)
+    states_ptr += row * (D + 1) * D
+    phi, z, inverse = _phi_and_normalizer(q, states_ptr + D * D, D, BLOCK_D, MAP)
     weight = tl.load(weight_ptr + head * M * BLOCK_Q + position) * inverse
     product = tl.load(product_ptr + head * M * BLOCK_Q + position) * inverse
     grad_ptr += b * grad_sb + h * grad_sh
@@ -62,7 +65,7 @@ def _query_kernel(
         inside = (first + e < D)[None, :]
         grad_ptrs = grad_ptr + token[:, None] * grad_sn + (first + e)[None, :]
         grad = tl.load(grad_ptrs, mask=exists[:, None] & inside, other=0.0)
-        h_ptrs = h_ptr + row * D * D + d[:, None] * D + (first + e)[None, :]
+        h_ptrs = states_ptr + d[:, None] * D + (first + e)[None, :]
         state = tl.load(h_ptrs, mask=(d < D)[:, None] & inside, other=0.0)
         d_numerator = to_finite(weight[:, None] * grad.to(tl.float32), state.dtype)
         d_phi = tl.dot(d_numerator, tl.trans(state), d_phi, input_precision=PRECISION)
@@ -72,7 +75,7 @@ def _query_kernel(
 
 @triton.jit
 def _state_kernel(
-    q_ptr, grad_ptr, order_ptr, z_ptr, weight_ptr, product_ptr, dh_ptr, dz_ptr,
+    q_ptr, grad_ptr, order_ptr, states_ptr, weight_ptr, product_ptr, dh_ptr, dz_ptr,
     q_sb, q_sh, q_sn, grad_sb, grad_sh, grad_sn, H, N, M,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, ROWS: tl.constexpr, VALUES: tl.constexpr,
     MAP: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
@@ -91,7 +94,7 @@ def _state_kernel(
         exists = position < N
         token = token_of(order_ptr, position, N)
         q = load_tile(q_ptr + b * q_sb + h * q_sh, token, exists, q_sn, D, BLOCK_D)
-        phi, _, inverse = _phi_and_normalizer(q, z_ptr + row * D, D, BLOCK_D, MAP)
+        phi, _, inverse = _phi_and_normalizer(q, states_ptr + row * (D + 1) * D + D * D, D, BLOCK_D, MAP)
         weight = tl.load(weight_ptr + head * M * BLOCK_Q + position) * inverse
         product = tl.load(product_ptr + head * M * BLOCK_Q + position) * inverse
         grad_ptrs = grad_ptr + b * grad_sb + h * grad_sh + token[:, None] * grad_sn + e[None, :]
@@ -109,37 +112,40 @@ def linear_query_gradients(
     dq: Tensor,
     grad_out: Tensor,
     q: Tensor,
-    state: Tensor,
-    normalizer: Tensor,
+    states: Tensor,
     rows: Rows,
     order: Tensor | None,
     settings: Settings,
     config: LinearConfig,
+    state_config: LinearConfig,
 ) -> tuple[Tensor, Tensor]:
     """Write dq's linear part; return dH (B H, M, D, D) in q's dtype and dZ (B H, M, D) float32.
 
     Args:
         dq: (B, H, N, D) contiguous, written.
         grad_out, q: (B, H, N, D), the last stride 1.
-        state: (B H, M, D, D) H of each query block, in q's dtype.
-        normalizer: (B H, M, D) float32 Z.
+        states: (B H, M, D + 1, D) H of each query block and below it Z, in q's dtype.
         rows: the rows' statistics.
         order: (N,) int32 visiting order, or None.
         settings: the op's.
-        config: tile sizes.
+        config, state_config: tile sizes for dq, and for the states' gradients.
     """
-    (batch, heads, q_len, dim), blocks = q.shape, state.shape[1]
-    d_state, d_normalizer = torch.empty_like(state), torch.empty_like(normalizer)
-    row_size = min(config.rows, settings.block_q)
+    (batch, heads, q_len, dim), blocks = q.shape, states.shape[1]
+    d_state = states.new_empty(batch * heads, blocks, dim, dim)
+    d_normalizer = states.new_empty(batch * heads, blocks, dim, dtype=torch.float32)
     unit, strides = token_strides(q, grad_out)
-    sizes = {"BLOCK_Q": settings.block_q, "ROWS": row_size, "UNIT": unit, "num_warps": config.num_warps}
-    constants = {**sizes, **linear_constants(q, config, settings)}
     inputs = (*strides, heads, q_len, blocks)
     weights = (rows.linear_weight, rows.linear_product)
-    _query_kernel[batch * heads * blocks * (settings.block_q // row_size),](
-        q, grad_out, order, state, normalizer, *weights, dq, *inputs, **constants
+
+    def constants(config: LinearConfig) -> dict[str, Any]:
+        sizes = {"BLOCK_Q": settings.block_q, "ROWS": min(config.rows, settings.block_q)}
+        return {**sizes, **linear_constants(q, config, settings), "UNIT": unit, "num_warps": config.num_warps}
+
+    for_queries, for_states = constants(config), constants(state_config)
+    _query_kernel[batch * heads * blocks * (settings.block_q // for_queries["ROWS"]),](
+        q, grad_out, order, states, *weights, dq, *inputs, **for_queries
     )
-    _state_kernel[batch * heads * blocks, num_blocks(dim, constants["VALUES"])](
-        q, grad_out, order, normalizer, *weights, d_state, d_normalizer, *inputs, **constants
+    _state_kernel[batch * heads * blocks, num_blocks(dim, for_states["VALUES"])](
+        q, grad_out, order, states, *weights, d_state, d_normalizer, *inputs, **for_states
     )
     return d_state, d_normalizer

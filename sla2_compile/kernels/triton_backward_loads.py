@@ -8,7 +8,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
 # Part of the head dimension that a step of a float32 product takes.
 FLOAT32_CHUNK = tl.constexpr(16)
 

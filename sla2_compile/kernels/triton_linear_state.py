@@ -1,7 +1,7 @@
 """States of the linear tail for each query block: H_i and Z_i over the key blocks that it does not keep.
 
-H is one batched matmul of the 0/1 tail mask with all h_j: exact where the tail is empty, and it costs less than reading
-h_j again for each kept block (0.05 TFLOP for shape (1, 12, 32760, 128)). The kernel that writes the mask adds up Z.
+Both are one batched matmul of the 0/1 tail mask with all h_j and z_j: exact where the tail is empty, and it costs less than
+reading h_j again for each kept block (0.05 TFLOP for shape (1, 12, 32760, 128)).
 """
 
 from __future__ import annotations
@@ -13,67 +13,50 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sla2_compile.kernels.attention_stage import LinearStates
 from sla2_compile.kernels.blocks import num_blocks
-from sla2_compile.kernels.launch_arguments import padded_dim
 from sla2_compile.kernels.settings import Settings
-from sla2_compile.kernels.triton_backward_linear_keys import LinearConfig, key_block_states, linear_config
+from sla2_compile.kernels.triton_backward_linear_keys import key_block_states, states_config
 
 
 @triton.jit
-def _tail_sums_kernel(
-    bits_ptr, n_ptr, z_ptr, mask_ptr, sum_ptr, value, H, GROUP, M, T, W, mask_stride,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, CHANNELS: tl.constexpr,
-):  # fmt: skip
-    """Grid (B H, M / ROWS, BLOCK_D / CHANNELS): `value` where a block is in the tail, else 0, and that times z."""
-    head = tl.program_id(0).to(tl.int64)
-    kv_head = head // H * (H // GROUP) + head % H // GROUP
-    m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    d = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
-    row = head * M + m
-    total = tl.zeros([ROWS, CHANNELS], tl.float32)
+def _tail_mask_kernel(bits_ptr, n_ptr, mask_ptr, value, HM, T, W, mask_stride, KEYS: tl.constexpr):
+    """Grid (B H M,): `value` where a key block is in a query block's tail, else 0. HM: query blocks of a batch element."""
+    row = tl.program_id(0).to(tl.int64)
     for first in range(0, T, KEYS):
         j = first + tl.arange(0, KEYS)
-        inside = (m < M)[:, None] & (j < T)[None, :]
-        words = tl.load(bits_ptr + row[:, None] * W + (j >> 5)[None, :], mask=inside, other=-1)
-        n = tl.load(n_ptr + head // H * T + j, mask=j < T, other=0.0)
-        in_tail = ((words >> (j & 31)[None, :]) & 1 == 0) & (n > 0)[None, :]
-        mask = tl.where(in_tail, value, 0.0)
-        if tl.program_id(2) == 0:
-            tl.store(mask_ptr + row[:, None] * mask_stride + j[None, :], mask.to(mask_ptr.dtype.element_ty), mask=inside)
-        z = tl.load(
-            z_ptr + (kv_head * T + j)[:, None] * D + d[None, :], mask=(j < T)[:, None] & (d < D)[None, :], other=0.0
-        )
-        # As exact as float32 sums: the mask's power of two has one bit.
-        total = tl.dot(mask, z, total, input_precision="tf32x3")
-    tl.store(sum_ptr + row[:, None] * D + d[None, :], total, mask=(m < M)[:, None] & (d < D)[None, :])
+        words = tl.load(bits_ptr + row * W + (j >> 5), mask=j < T, other=-1)
+        n = tl.load(n_ptr + row // HM * T + j, mask=j < T, other=0.0)
+        mask = tl.where(((words >> (j & 31)) & 1 == 0) & (n > 0), value, 0.0)
+        tl.store(mask_ptr + row * mask_stride + j, mask.to(mask_ptr.dtype.element_ty), mask=j < T)
 
 
-def tail_sums(bits: Tensor, n: Tensor, z: Tensor, value: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Which key blocks a query block's tail holds, and the sum of their z.
+def tail_mask(bits: Tensor, n: Tensor, value: float, key_heads: int, dtype: torch.dtype) -> Tensor:
+    """Which key blocks a query block's tail holds.
 
     Args:
         bits: (B, H, M, W) int32 kept key blocks.
         n: (B, T) float32 real tokens of each key block.
-        z: (B G, T, D) float32.
         value: a power of two that stands for True.
+        key_heads: G.
         dtype: of the mask.
 
     Returns:
-        mask (B G, H / G M, T): `value` where the query block does not keep the key block and that is not empty, else 0.
-        sums (B H, M, D) float32: its product with z.
+        (B G, H / G M, T): `value` where the query block does not keep the key block and that is not empty, else 0.
     """
-    (batch, heads, blocks, words), (key_heads, T, dim) = bits.shape, z.shape
-    rows, channels, block_d = 64, min(64, padded_dim(dim)), padded_dim(dim)
+    (batch, heads, blocks, words), T = bits.shape, n.shape[1]
     # The copy engine needs rows that begin at multiples of 16 bytes; without it a matmul takes several times as long.
-    mask_stride = num_blocks(T, 16) * 16
-    mask = n.new_empty(key_heads, batch * heads // key_heads * blocks, mask_stride, dtype=dtype)[:, :, :T]
-    sums = n.new_empty(batch * heads, blocks, dim)
-    _tail_sums_kernel[batch * heads, num_blocks(blocks, rows), block_d // channels](
-        bits, n, z, mask, sums, value, heads, batch * heads // key_heads, blocks, T, words, mask_stride,
-        D=dim, BLOCK_D=block_d, ROWS=rows, KEYS=32, CHANNELS=channels, num_warps=8,
-    )  # fmt: skip
-    return mask, sums
+    stride = num_blocks(T, 16) * 16
+    mask = n.new_empty(batch * key_heads, heads // key_heads * blocks, stride, dtype=dtype)[:, :, :T]
+    _tail_mask_kernel[batch * heads * blocks,](
+        bits, n, mask, value, heads * blocks, T, words, stride, KEYS=512, num_warps=2
+    )
+    return mask
+
+
+def tail_states(mask: Tensor, states: Tensor) -> Tensor:
+    """Sums of the key blocks' states (B G, T, D + 1, D) where the mask is not 0, times it: (B H, M, D + 1, D)."""
+    (heads, rows, _), dim = mask.shape, states.shape[3]
+    return torch.bmm(mask, states.flatten(2)).view(heads, rows, dim + 1, dim)
 
 
 def linear_states(
@@ -86,7 +69,7 @@ def linear_states(
     order: Tensor | None,
     settings: Settings,
     shared_memory: int,
-) -> LinearStates:
+) -> Tensor:
     """H and Z of every query block, times a common factor that brings sums over all tokens to the size of v.
 
     Args:
@@ -98,14 +81,13 @@ def linear_states(
         order: (N_kv,) int32 or None.
         settings: the op's.
         shared_memory: bytes of it that a program may use.
+
+    Returns:
+        (B H, M, D + 1, D) in k's dtype: H, and Z as its last row.
     """
-    (kv_len, dim), (batch, heads, blocks, _) = k.shape[2:], bits.shape
+    (key_heads, kv_len, dim), (batch, heads, blocks, _) = k.shape[1:], bits.shape
     factor = 2.0 ** -max(0, round(math.log2(kv_len / dim)))
-    config = linear_config(dim, k.element_size(), shared_memory)
-    if dim == 128 and k.element_size() == 2 and shared_memory >= 200 * 1024:
-        # All of v at once measures fastest: phi is made once.
-        config = LinearConfig(64, 128, 8)
-    h, z = key_block_states(k, v, center, real, order, factor, settings, config)
-    mask, normalizer = tail_sums(bits, n, z, 1.0, k.dtype)
-    state = torch.bmm(mask, h.flatten(2)).view(batch * heads, blocks, dim, dim)
-    return LinearStates(state, normalizer)
+    config = states_config(dim, k.element_size(), shared_memory)
+    states = key_block_states(k, v, center, real, order, factor, settings, config)
+    mask = tail_mask(bits, n, 1.0, key_heads, k.dtype)
+    return tail_states(mask, states).view(batch * heads, blocks, dim + 1, dim)

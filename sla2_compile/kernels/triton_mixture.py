@@ -43,7 +43,7 @@ from sla2_compile.kernels.triton_mixture_steps import (
 )
 
 LN_2 = tl.constexpr(0.6931471805599453)
-FP8_LIMIT = tl.constexpr(448.0)
+TOP_CODE = tl.constexpr(256.0)
 LOG2_SMALLEST = tl.constexpr(-149.0)  # of float32's numbers above 0
 
 
@@ -79,7 +79,7 @@ def attention_config(block_d: int, itemsize: int, device: torch.device, *, low_b
 def _attention_kernel(
     q_ptr, k_ptr, v_ptr, k_tiles, v_tiles, k_bar_tiles, v_bar_tiles, kept_ptr, bits_ptr, k_bar_ptr, v_bar_ptr,
     n_ptr, center_ptr, q_scale_ptr, k_codes_ptr, k_scale_ptr, v_codes_ptr, v_scale_ptr, real_ptr, order_ptr,
-    logit_ptr, gain_ptr, num_nonempty_ptr, state_ptr, normalizer_ptr,
+    logit_ptr, gain_ptr, num_nonempty_ptr, states_ptr,
     out_ptr, sparse_out_ptr, sparse_lse_ptr, tail_lse_ptr,
     q_sb, q_sh, q_sn, k_sb, k_sh, k_sn, v_sb, v_sh, v_sn, out_sb, out_sh, out_sn, real_sb,
     H, GROUP, N, N_KV, M, T, slots, words, first_exact, last_exact, scale,
@@ -92,7 +92,8 @@ def _attention_kernel(
 
     UNIFIED: one softmax over kept keys and block means. The `tiles` are tensor descriptors of what the pointers point
     to, or None; the copy engine reads through them whole tiles of keys that are all real and in the model's order.
-    center_ptr: what smoothing would take off the keys, where they are read without it and a log-sum-exp must tell.
+    center_ptr: what smoothing would take off the keys, where they are read without it and a log-sum-exp must tell, or FP8
+    probabilities, whose steps depend on the scores.
     sparse_out_ptr None: nothing is saved for the backward, and log-sum-exps are written as 0.
     """
     q_sb, q_sh, q_sn = in_elements((q_sb, q_sh, q_sn), UNIT)
@@ -102,6 +103,7 @@ def _attention_kernel(
     ROW_PARTS: tl.constexpr = BLOCK_Q // ROWS
     KEY_PARTS: tl.constexpr = BLOCK_K // KEYS
     SAVE: tl.constexpr = sparse_out_ptr is not None
+    DROP: tl.constexpr = v_codes_ptr is not None and k_codes_ptr is None
     pid = tl.program_id(0)
     part, block = pid % ROW_PARTS, pid // ROW_PARTS
     num_exact = first_exact + M - last_exact
@@ -142,6 +144,10 @@ def _attention_kernel(
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     peak = tl.full([ROWS], float("-inf"), tl.float32)
+    # Smoothing K takes scale q . center off every score of the row.
+    dropped = tl.zeros([ROWS], tl.float32)
+    if DROP:
+        dropped = rows_times(center_ptr + kv_head * D, q_ptr, token, exists, q_sn, D, BLOCK_D, ROWS, CHUNK)
 
     count = tl.load(kept_ptr)
     keeps_all = count == T
@@ -155,22 +161,22 @@ def _attention_kernel(
         j = i // KEY_PARTS
         j = tl.where(keeps_all, j, tl.load(kept_ptr + 1 + j, mask=j < slots, other=0))
         acc, total, peak = kept_step(
-            acc, total, peak, kept_q, kept_factor, q_ptr, token, exists, q_sn, k_ptr, v_ptr, k_tiles, v_tiles,
+            acc, total, peak, dropped, kept_q, kept_factor, q_ptr, token, exists, q_sn, k_ptr, v_ptr, k_tiles, v_tiles,
             k_codes_ptr, k_scale_ptr, v_codes_ptr, real_ptr, order_ptr, k_row, k_column, v_row, v_column, k_sn, v_sn,
-            kv_head, j, i % KEY_PARTS, N_KV, T, D, BLOCK_D, BLOCK_K, ROWS, KEYS, CHUNK, real_ptr is not None, PRECISION,
+            kv_head, j, i % KEY_PARTS, N_KV, T, D, BLOCK_D, BLOCK_K, ROWS, KEYS, CHUNK, real_ptr is not None, DROP, PRECISION,
         )  # fmt: skip
     if RAGGED and real_ptr is None:
         for i in tl.range(unchecked, count * KEY_PARTS, num_stages=1):
             acc, total, peak = kept_step(
-                acc, total, peak, kept_q, kept_factor, q_ptr, token, exists, q_sn, k_ptr, v_ptr, None, None,
+                acc, total, peak, dropped, kept_q, kept_factor, q_ptr, token, exists, q_sn, k_ptr, v_ptr, None, None,
                 k_codes_ptr, k_scale_ptr, v_codes_ptr, None, order_ptr, 0, 0, 0, 0, k_sn, v_sn,
-                kv_head, T - 1, i % KEY_PARTS, N_KV, T, D, BLOCK_D, BLOCK_K, ROWS, KEYS, CHUNK, True, PRECISION,
+                kv_head, T - 1, i % KEY_PARTS, N_KV, T, D, BLOCK_D, BLOCK_K, ROWS, KEYS, CHUNK, True, DROP, PRECISION,
             )  # fmt: skip
     if v_codes_ptr is not None:
         d = tl.arange(0, BLOCK_D)
         v_scale = tl.load(v_scale_ptr + kv_head * D + d, mask=d < D, other=0.0)
-        acc *= (v_scale / FP8_LIMIT)[None, :]
-        total /= FP8_LIMIT
+        acc *= (v_scale / TOP_CODE)[None, :]
+        total /= TOP_CODE
 
     if q_scale_ptr is not None:
         # Read again rather than held: the barrier keeps the compiler from making one load of the two.
@@ -180,10 +186,10 @@ def _attention_kernel(
     sparse_lse = peak + tl.log2(total)
     inverse = tl.where(total > 0, 1 / total, 0.0)
     statistics = head * N + token
-    # Smoothing K takes scale q . center off every score of the row; the keys here are not smoothed.
+    # What the saved log-sum-exps are to be less by, where the keys here were not smoothed.
     shift = tl.zeros([ROWS], tl.float32)
     if SAVE:
-        if center_ptr is not None:
+        if center_ptr is not None and not DROP:
             shift = rows_times(center_ptr + kv_head * D, q_ptr, token, exists, q_sn, D, BLOCK_D, ROWS, CHUNK) * scale
         sparse_out_ptr += b * out_sb + h * out_sh
         store_tile(sparse_out_ptr, token, exists, out_sn, acc * inverse[:, None], D, BLOCK_D)
@@ -284,8 +290,7 @@ def _attention_kernel(
             if LINEAR:
                 acc = add_linear_tail(
                     acc * (weight * inverse)[:, None], 1 - weight, q_ptr, token, exists, q_sn,
-                    state_ptr + (head * M + m) * D * D, normalizer_ptr + (head * M + m) * D,
-                    D, BLOCK_D, CHUNK, MAP, PRECISION,
+                    states_ptr + (head * M + m) * (D + 1) * D, D, BLOCK_D, CHUNK, MAP, PRECISION,
                 )  # fmt: skip
             else:
                 tl.debug_barrier()
@@ -304,7 +309,7 @@ def attention(outputs: Outputs, inputs: AttentionInputs, settings: Settings, con
     rows, keys = min(config.rows, settings.block_q), min(config.keys, settings.block_k)
     pooled, by_row = settings.tail == "pooled", settings.mixing == "row"
     # 8-bit instructions take 32 channels at a time.
-    block_d, linear = max(padded_dim(dim), 32 if codes.k is not None else 16), inputs.linear
+    block_d = max(padded_dim(dim), 32 if codes.k is not None else 16)
     k_tiles = v_tiles = k_bar_tiles = v_bar_tiles = None
     if config.copy_engine and dim == block_d and kv_len > 1:
         k_bar_tiles, v_bar_tiles = (
@@ -318,7 +323,7 @@ def attention(outputs: Outputs, inputs: AttentionInputs, settings: Settings, con
         q, k, v, k_tiles, v_tiles, k_bar_tiles, v_bar_tiles, inputs.kept, inputs.bits, statistics.k_bar,
         statistics.v_bar, statistics.n, statistics.center if codes.k is None else None, codes.q_scale, codes.k,
         codes.k_scale, codes.v, codes.v_scale, inputs.real, inputs.order, inputs.alpha_logit, inputs.alpha_gain,
-        inputs.num_nonempty, None if linear is None else linear.state, None if linear is None else linear.normalizer,
+        inputs.num_nonempty, inputs.states,
         outputs.out, outputs.sparse_out, outputs.sparse_lse, outputs.tail_lse, *strides,
         0 if inputs.real is None else inputs.real.stride(0),
         heads, heads // k.shape[1], q_len, kv_len, blocks, T, slots, inputs.bits.shape[3],

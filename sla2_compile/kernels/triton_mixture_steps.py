@@ -12,8 +12,8 @@ from sla2_compile.kernels.triton_low_bit import in_stored_order
 LOG2_E = tl.constexpr(1.4426950408889634)
 # As in reference.py: a row of the linear tail whose weights sum to less has none.
 MIN_LINEAR_WEIGHT = tl.constexpr(1e-30)
-# log2 of the largest FP8 code, which the largest probability of a row becomes.
-LOG2_FP8_MAX = tl.constexpr(8.807354922057604)
+# log2 of the code that the largest probability of a row becomes, rounded up to a power of two.
+LOG2_TOP_CODE = tl.constexpr(8.0)
 
 
 @triton.jit
@@ -22,15 +22,19 @@ def softmax_step(
 ):
     """One tile of an online softmax in base 2; `factor` times `scores` are its logits. SAFE: a row may have no key.
 
-    FP8_VALUES: probabilities are rounded to codes, v is codes; acc and total then are 448 times too large.
+    FP8_VALUES: probabilities are rounded to codes, v is codes; acc and total then are 256 times too large. Peaks are
+    whole numbers, so that codes do not depend on which tiles came before.
     """
-    new_peak = tl.maximum(peak, tl.max(scores, 1) * factor)
+    new_peak = tl.max(scores, 1) * factor
+    if FP8_VALUES:
+        new_peak = tl.ceil(new_peak)
+    new_peak = tl.maximum(peak, new_peak)
     base = new_peak
     if SAFE:
         base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
     rescale = tl.exp2(peak - base)
     if FP8_VALUES:
-        probs = tl.exp2(scores * factor - (base - LOG2_FP8_MAX)[:, None])
+        probs = tl.exp2(scores * factor - (base - LOG2_TOP_CODE)[:, None])
         total = total * rescale + tl.sum(probs, 1)
         codes = in_stored_order(probs, probs.shape[0], probs.shape[1]).to(tl.float8e4nv)
         if probs.shape[1] < 32:
@@ -47,12 +51,12 @@ def softmax_step(
 
 @triton.jit
 def kept_step(
-    acc, total, peak, q, factor, q_ptr, q_token, exists, q_sn, k_ptr, v_ptr, k_tiles, v_tiles, k_codes_ptr,
+    acc, total, peak, dropped, q, factor, q_ptr, q_token, exists, q_sn, k_ptr, v_ptr, k_tiles, v_tiles, k_codes_ptr,
     k_scale_ptr, v_codes_ptr, real_ptr, order_ptr, k_row, k_column, v_row, v_column, k_sn, v_sn, kv_head, j, part,
     N_KV, T, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    CHUNK: tl.constexpr, CHECK: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr, CHECK: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Part `part` of kept key block j; with CHECK some keys may not be real.
+    """Part `part` of kept key block j; with CHECK some keys may not be real; with DROP scores are less by `dropped`.
 
     Keys and values are read through the tensor descriptors `k_tiles`, `v_tiles`, or as codes, or at their pointers,
     whichever is not None.
@@ -81,6 +85,8 @@ def kept_step(
         else:
             k = load_tile(k_ptr, token, real, k_sn, D, BLOCK_D)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if DROP:
+        scores -= dropped[:, None]
     if CHECK:
         scores = tl.where(real[None, :], scores, float("-inf"))
     if v_codes_ptr is not None:
@@ -122,7 +128,7 @@ def _exponential(q, peak, inside, MAP: tl.constexpr):
 
 @triton.jit
 def add_linear_tail(
-    acc, rest, q_ptr, token, exists, q_sn, state_ptr, normalizer_ptr,
+    acc, rest, q_ptr, token, exists, q_sn, states_ptr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr, MAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """acc + rest phi(q) H / (phi(q) . Z), a part of the head dimension at a time: a state does not fit beside acc."""
@@ -143,7 +149,7 @@ def add_linear_tail(
         q = tl.load(q_ptr + token[:, None] * q_sn + d[None, :], mask=inside, other=0.0).to(tl.float32)
         x = _exponential(q, peak, inside, MAP)
         size += tl.sum(x, 1)
-        mass += tl.sum(x * tl.load(normalizer_ptr + d, mask=d < D, other=0.0)[None, :], 1)
+        mass += tl.sum(x * tl.load(states_ptr + D * D + d, mask=d < D, other=0.0).to(tl.float32)[None, :], 1)
     if MAP != "softmax":
         size = tl.zeros_like(rest) + 1.0
     rest = tl.where(mass > size * MIN_LINEAR_WEIGHT, rest / mass, 0.0)
@@ -153,6 +159,6 @@ def add_linear_tail(
         inside = exists[:, None] & (d < D)[None, :]
         q = tl.load(q_ptr + token[:, None] * q_sn + d[None, :], mask=inside, other=0.0).to(tl.float32)
         x = _exponential(q, peak, inside, MAP) * rest[:, None]
-        state = tl.load(state_ptr + d[:, None] * D + e[None, :], mask=(d < D)[:, None] & (e < D)[None, :], other=0.0)
+        state = tl.load(states_ptr + d[:, None] * D + e[None, :], mask=(d < D)[:, None] & (e < D)[None, :], other=0.0)
         acc = tl.dot(to_finite(x, state.dtype), state, acc, input_precision=PRECISION)
     return acc

@@ -95,10 +95,13 @@ def _choose_kernel(
     code = tl.where(exists, code, 0).to(tl.uint32)
     # The code of the slots-th best, bit by bit from the highest.
     threshold = tl.zeros([], tl.uint32)
-    for i in tl.static_range(32):
-        candidate = threshold | (1 << (31 - i))
+    digit = tl.full([], 0x80000000, tl.uint32)
+    # A loop that stays one: unrolled, 32 of these do not fit into the instruction cache.
+    for _ in tl.range(0, 32):
+        candidate = threshold | digit
         enough = tl.sum((code >= candidate).to(tl.int32), 0) >= slots
         threshold = tl.where(enough, candidate, threshold).to(tl.uint32)
+        digit = digit >> 1
     better, equal = code > threshold, (code == threshold) & exists
     places = slots - tl.sum(better.to(tl.int32), 0)
     chosen = better | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= places))
@@ -167,7 +170,7 @@ def route(
         scores, n, kept, bits, num_nonempty, heads, rows, total, slots, words, keys.num_first, keys.last_start,
         queries.num_first, queries.last_start, BLOCK_T=block_t, SLOTS=next_power_of_two(slots),
         # Sums over a warp are one instruction, over several a wait for each other.
-        num_warps=min(8, max(1, block_t // 2048)),
+        num_warps=min(8, max(1, block_t // 1024)),
     )  # fmt: skip
     return Choice(bits, num_nonempty)
 
