@@ -93,18 +93,20 @@ def _choose_kernel(
     code = tl.where(real, tl.minimum(tl.maximum(code, 2), 0xFFFFFFFE), 1)
     code = tl.where((t < first_key) | (t >= last_key), 0xFFFFFFFF, code)
     code = tl.where(exists, code, 0).to(tl.uint32)
-    # The code of the slots-th best, bit by bit from the highest.
+    # A code that the best `slots` reach and no others, bit by bit from the highest; the slots-th best's if it has equals.
     threshold = tl.zeros([], tl.uint32)
     digit = tl.full([], 0x80000000, tl.uint32)
-    # A loop that stays one: unrolled, 32 of these do not fit into the instruction cache.
-    for _ in tl.range(0, 32):
-        candidate = threshold | digit
-        enough = tl.sum((code >= candidate).to(tl.int32), 0) >= slots
-        threshold = tl.where(enough, candidate, threshold).to(tl.uint32)
+    reach = slots + 1
+    while (digit > 0) & (reach != slots):
+        num_better = tl.sum((code >= (threshold | digit)).to(tl.int32), 0)
+        reach = tl.where(num_better >= slots, num_better, reach)
+        threshold = tl.where(num_better >= slots, threshold | digit, threshold).to(tl.uint32)
         digit = digit >> 1
     better, equal = code > threshold, (code == threshold) & exists
     places = slots - tl.sum(better.to(tl.int32), 0)
-    chosen = better | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= places))
+    chosen = better | equal
+    if tl.sum(equal.to(tl.int32), 0) > places:
+        chosen = better | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= places))
     chosen = chosen & real
     count = tl.sum(chosen.to(tl.int32), 0)
 
