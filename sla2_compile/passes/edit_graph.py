@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch.fx import Graph, GraphModule, Node
+
+from sla2_compile.passes.in_place import changes_in_place
 
 # Marks a meta entry that does not exist yet.
 _MISSING = object()
@@ -70,26 +71,6 @@ def nested_graph(owner: GraphModule, node: Node) -> GraphModule | None:
     for part in str(node.target).split("."):
         nested = getattr(nested, part, None)
     return nested if isinstance(nested, GraphModule) else None
-
-
-def changes_in_place(node: Node) -> bool:
-    """Whether a call may write to one of its arguments."""
-    if node.op == "call_method":
-        name = str(node.target)
-        return (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__iadd__", "__imul__")
-    if node.op != "call_function":
-        return False
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.is_mutable
-    name = getattr(node.target, "__name__", "")
-    in_place_operator = getattr(operator, name, None) is node.target and name in _IN_PLACE_OPERATORS
-    named_in_place = name.endswith("_") and not name.endswith("__")
-    return in_place_operator or named_in_place or "out" in node.kwargs or bool(node.kwargs.get("inplace"))
-
-
-_IN_PLACE_OPERATORS = {
-    "iadd", "isub", "imul", "itruediv", "ifloordiv", "imatmul", "ipow", "iand", "ior", "ixor", "setitem", "delitem",
-}  # fmt: skip
 
 
 def erase_dead(nodes: Iterable[Node], *, also: Iterable[Node] = ()) -> None:

@@ -12,8 +12,8 @@ from torch.fx import GraphModule, Node
 
 from sla2_compile.passes.contractions import as_contraction
 from sla2_compile.passes.edit_graph import example_value
-from sla2_compile.passes.follow_scores import op_name
 from sla2_compile.passes.proposals import Proposal
+from sla2_compile.passes.read_node import op_name
 from sla2_compile.passes.shapes import same_shape
 
 # Longer ways between a product and its softmax than any attention has.

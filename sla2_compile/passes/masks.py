@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from sla2_compile.passes.edit_graph import Builder, example_value
-from sla2_compile.passes.follow_scores import PERMUTATIONS, argument, constant, hides, op_name, permutation
+from sla2_compile.passes.read_node import PERMUTATIONS, argument, constant, hides, op_name, permutation
 from sla2_compile.passes.shapes import same_size
 
 # Deeper than any mask is built.

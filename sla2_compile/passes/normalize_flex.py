@@ -11,8 +11,8 @@ from torch._higher_order_ops.flex_attention import flex_attention
 from torch.fx import GraphModule, Node
 
 from sla2_compile.passes.edit_graph import Builder, example_value, live_nodes
-from sla2_compile.passes.follow_scores import constant, op_name
 from sla2_compile.passes.proposals import Proposal
+from sla2_compile.passes.read_node import constant, op_name
 from sla2_compile.passes.shapes import same_size
 
 

@@ -17,10 +17,13 @@ import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
 from sla2_compile.passes.contractions import Labels, as_contraction
-from sla2_compile.passes.edit_graph import Builder, changes_in_place, example_value, live_nodes
-from sla2_compile.passes.follow_scores import LEFT, RIGHT, ScoreChain, follow_scores, op_name
+from sla2_compile.passes.edit_graph import Builder, example_value, live_nodes
+from sla2_compile.passes.follow_scores import follow_scores
+from sla2_compile.passes.in_place import changes_in_place
 from sla2_compile.passes.masks import as_kept
 from sla2_compile.passes.proposals import Proposal
+from sla2_compile.passes.read_node import op_name
+from sla2_compile.passes.scores import LEFT, RIGHT, ScoreChain
 from sla2_compile.passes.shapes import same_product, same_shape, same_size
 
 _VIEWS = {"transpose", "permute", "swapaxes", "swapdims", "view", "reshape", "unflatten", "flatten"}

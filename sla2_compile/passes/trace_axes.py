@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from sla2_compile.passes.edit_graph import example_value, nested_graph
-from sla2_compile.passes.follow_scores import PERMUTATIONS, argument, op_name, permutation
+from sla2_compile.passes.read_node import PERMUTATIONS, argument, op_name, permutation
 from sla2_compile.passes.shapes import same_product, same_size
 
 _CONVOLUTIONS = {"conv1d", "conv2d", "conv3d"}
