@@ -56,10 +56,9 @@ def settle_proposals(sites: list[Site]) -> int:
             site.node = site.proposal.original
             if site.proposal.result is not None:
                 erase_dead([site.proposal.result])
-        # A mask that was narrowed for the decision has no user now.
-        mask = site.arguments.get("attn_mask")
-        if isinstance(mask, Node):
-            erase_dead([mask])
+        # Masks that were narrowed for the decision have no user now.
+        masks = (site.arguments.get("attn_mask"), site.query_mask)
+        erase_dead([mask for mask in masks if isinstance(mask, Node)])
     return num_taken
 
 

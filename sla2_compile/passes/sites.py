@@ -62,6 +62,7 @@ class Site:
         q_shape: (B, H, N, D) of the queries, plain or symbolic integers; of another rank where it is no batch of heads.
         kv_len: number of keys.
         layout: what the graph shows of its tokens.
+        query_mask: (B, 1, N, 1) bool, True where a query sees its keys, the others give 0; None where all do.
         proposal: how the model spells it, and the SDPA node that would stand for it; None where it calls SDPA itself.
         verdict: "sla2" or "dense"; "dense" until `decide` has seen it.
         reason: why, in plain words.
@@ -77,6 +78,7 @@ class Site:
     q_shape: tuple[Any, ...]
     kv_len: Any
     proposal: Proposal | None = None
+    query_mask: Node | None = None
     layout: TokenLayout = TokenLayout()
     verdict: Verdict = "dense"
     reason: str = "not looked at"
