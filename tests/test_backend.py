@@ -10,15 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from small_models import SMALL, SMALL_OPTIONS, WIDTH, Attention, Blocks, tokens
+from small_models import SMALL, SMALL_OPTIONS, WIDTH, Attention, Blocks, tokens, with_reference
 from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
 from torch.utils.checkpoint import checkpoint
 
 from sla2_compile.backend import build_backend, source_hash
 from sla2_compile.config import SLA2Config
-from sla2_compile.kernels import reference
 
 
 @pytest.fixture(autouse=True)
@@ -29,17 +27,6 @@ def _fresh_dynamo() -> None:
 def compile_aot(model: Any, config: SLA2Config = SMALL, **kwargs: Any) -> Callable[..., Any]:
     """The model under our passes and AOTAutograd, without Inductor's code generation."""
     return torch.compile(model, backend=build_backend(config, aot_eager), **kwargs)
-
-
-def with_reference(model: nn.Module, config: SLA2Config, *args: Any) -> Tensor:
-    """What the model gives, eager, with its attention replaced by the reference."""
-
-    def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Tensor:
-        return reference.attention(query, key, value, attn_mask=attn_mask, config=config)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(F, "scaled_dot_product_attention", attention)
-        return model(*args)
 
 
 def test_the_string_sla2_works_in_a_new_process_without_an_import_of_ours() -> None:

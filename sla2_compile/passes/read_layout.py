@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from torch.fx import GraphModule, Node
 
 from sla2_compile.config import SLA2Config
+from sla2_compile.passes.axes import Axis
 from sla2_compile.passes.edit_graph import Builder
 from sla2_compile.passes.shapes import same_size
 from sla2_compile.passes.sites import Site, TokenLayout, size_hint
-from sla2_compile.passes.trace_axes import Axis, trace_axes
+from sla2_compile.passes.trace_axes import trace_axes
 
 # Text is at most this share of the video or picture it is joined with; a longer part is another picture.
 _MAX_TEXT_RATIO = 0.5
@@ -32,23 +33,36 @@ def read_layouts(gm: GraphModule, sites: list[Site], config: SLA2Config) -> int:
         if not site.arguments:
             continue
         q, k = (axes.get(site.arguments[name]) for name in ("query", "key"))
-        if isinstance(q, list) and isinstance(k, list) and same_size(q[-2].size, k[-2].size):
+        if isinstance(q, list) and isinstance(k, list):
             site.layout = _layout(site, q[-2], k[-2])
     return sum(site.layout != TokenLayout() for site in sites)
 
 
 def _layout(site: Site, q: Axis, k: Axis) -> TokenLayout:
+    if not same_size(q.size, k.size):
+        return _layout_of_longer_keys(site, q, k)
     if not q.joined or len(q.joined) != len(k.joined):
         return TokenLayout(grid=_grid(q) or _grid(k))
     if not all(same_size(x.size, y.size) for x, y in zip(q.joined, k.joined, strict=True)):
         return TokenLayout()
     sizes = [size_hint(part.size) for part in q.joined]
     at = sizes.index(max(sizes))
-    prefix, suffix = q.joined[:at], q.joined[at + 1 :]
-    is_text = sum(sizes) - sizes[at] <= _MAX_TEXT_RATIO * sizes[at]
-    if not is_text or not all(_can_read(site, part) for part in (*prefix, *suffix)):
-        return TokenLayout()
-    return TokenLayout(prefix, suffix, _grid(q.joined[at]) or _grid(k.joined[at]))
+    text = _text_around(site, q.joined, at)
+    return TokenLayout() if text is None else TokenLayout(*text, _grid(q.joined[at]) or _grid(k.joined[at]))
+
+
+def _layout_of_longer_keys(site: Site, q: Axis, k: Axis) -> TokenLayout:
+    """Where only the keys have text, the queries are the video or picture, and no token order fits both."""
+    same = [i for i, part in enumerate(k.joined) if same_size(part.size, q.size)]
+    text = _text_around(site, k.joined, same[0]) if len(same) == 1 else None
+    return TokenLayout() if text is None else TokenLayout(*text)
+
+
+def _text_around(site: Site, parts: Sequence[Axis], at: int) -> tuple[tuple[Axis, ...], tuple[Axis, ...]] | None:
+    """The parts before and after the one that is video or picture; None where they are not text."""
+    prefix, suffix = tuple(parts[:at]), tuple(parts[at + 1 :])
+    is_text = num_tokens((*prefix, *suffix)) <= _MAX_TEXT_RATIO * size_hint(parts[at].size)
+    return (prefix, suffix) if is_text and all(_can_read(site, part) for part in (*prefix, *suffix)) else None
 
 
 def _can_read(site: Site, part: Axis) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -10,8 +11,8 @@ from torch.fx import GraphModule, Node
 
 from sla2_compile.config import SLA2Config
 from sla2_compile.kernels.blocks import delivered_sparsity, exact_query_blocks, max_kept_blocks, num_blocks
+from sla2_compile.passes.axes import Axis
 from sla2_compile.passes.proposals import Proposal
-from sla2_compile.passes.trace_axes import Axis
 
 Verdict = Literal["sla2", "dense"]
 
@@ -134,8 +135,10 @@ class Site:
 
 
 def size_hint(size: Any) -> int:
-    """A plain integer for a size that may be symbolic: the one it was traced with."""
+    """A plain integer for a size that may be symbolic: the one it was traced with, or the largest it can be."""
     if isinstance(size, int):
         return size
-    hint = size.node.hint
-    return int(hint) if hint is not None else 0
+    if size.node.hint is not None:
+        return int(size.node.hint)
+    bounds = size.node.shape_env.bound_sympy(size.node.expr)
+    return int(bounds.upper) if bounds.upper.is_finite and bounds.upper < sys.maxsize else int(bounds.lower)
