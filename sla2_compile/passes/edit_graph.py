@@ -59,6 +59,21 @@ class Builder:
         return new
 
 
+def erase_unused_after(last: Node, before: Node, *, keep: Iterable[Node | None] = ()) -> None:
+    """Erase the nodes between two that nothing reads, what a pass added and then had no use for.
+
+    Args:
+        last: the node before the first that was added.
+        before: the node that they were added before.
+        keep: nodes that stay although they have no users.
+    """
+    kept, node = set(keep), before.prev
+    while node is not last:
+        node, candidate = node.prev, node
+        if not candidate.users and candidate not in kept:
+            candidate.graph.erase_node(candidate)
+
+
 def _value_of(x: Any) -> Any:
     return example_value(x) if isinstance(x, Node) else x
 

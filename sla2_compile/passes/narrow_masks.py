@@ -12,7 +12,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.fx import Node
 
-from sla2_compile.passes.edit_graph import Builder, example_value
+from sla2_compile.passes.edit_graph import Builder, erase_unused_after, example_value
 from sla2_compile.passes.masks import SplitMask, split_mask
 from sla2_compile.passes.sites import Site
 
@@ -29,10 +29,7 @@ def narrow_masks(sites: list[Site]) -> int:
         if split is not None and _is_allowed(site, split):
             num_narrowed += split.keys is not mask
             site.arguments["attn_mask"], site.query_mask = split.keys, split.queries
-            continue
-        # What was added before it turned out that the mask is another.
-        while site.node.prev is not last:
-            site.node.graph.erase_node(site.node.prev)
+        erase_unused_after(last, site.node, keep=(site.arguments["attn_mask"], site.query_mask))
     return num_narrowed
 
 
