@@ -35,12 +35,15 @@ def sla2(
         gm: the graph.
         example_inputs: its fake inputs.
         mode: Inductor's, as for torch.compile: "default", "reduce-overhead", "max-autotune" and so on.
-        options: fields of `SLA2Config`.
+        options: fields of `SLA2Config`; and "mode", as torch.compile takes either a mode or options.
 
     Raises:
         ValueError: an unknown mode or option, an option out of range, or a site that `strict` insists on.
         TypeError: an option of the wrong type.
     """
+    if isinstance(options, Mapping) and "mode" in options:
+        mode = options["mode"]
+        options = {name: value for name, value in options.items() if name != "mode"}
     config = SLA2Config.from_options(options)
     compile_graph = functools.partial(_compile_with_inductor, config_patches=_mode_options(mode))
     return build_backend(config, compile_graph, sparsity_is_default="sparsity" not in (options or {}))(

@@ -103,7 +103,7 @@ class SLA2Config:
         if unknown:
             raise ValueError(
                 f"options: unknown key{'s' if len(unknown) > 1 else ''} {', '.join(map(repr, unknown))}; "
-                f"expected any of {', '.join(known)}; Inductor's own settings are chosen with mode=..."
+                f"expected any of {', '.join(known)}, or mode for a mode of Inductor's"
             )
         return cls(**options)
 

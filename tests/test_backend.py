@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import SMALL, SMALL_OPTIONS, WIDTH, Attention, Blocks, tokens, with_reference
+from small_models import SMALL, SMALL_OPTIONS, WIDTH, Attention, Blocks, count_calls, tokens, with_reference
 from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
 from torch.utils.checkpoint import checkpoint
@@ -67,18 +67,23 @@ def test_unknown_options_and_modes_are_errors_that_list_the_known() -> None:
         torch.compile(Attention(), backend="sla2", options={"sparsity": 1.5})(tokens())
 
 
-def test_a_mode_reaches_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "arguments", [{"mode": "reduce-overhead"}, {"options": {**SMALL_OPTIONS, "mode": "reduce-overhead"}}]
+)
+def test_a_mode_reaches_inductor_alone_or_among_the_options(
+    arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[Any] = []
 
     def compile_fx(gm: Any, inputs: Any, config_patches: Any) -> Any:
-        seen.append(config_patches)
+        seen.append((config_patches, count_calls(gm, torch.ops.sla2.attention.default)))
         return gm
 
     monkeypatch.setattr("sla2_compile.backend.compile_fx", compile_fx)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.compile(Attention(), backend="sla2", mode="reduce-overhead")(tokens())
-    assert seen == [{"triton.cudagraphs": True}]
+        torch.compile(Attention(), backend="sla2", **arguments)(tokens())
+    assert seen == [({"triton.cudagraphs": True}, "options" in arguments)]
 
 
 def test_a_site_left_dense_is_bit_identical_to_inductor_alone() -> None:
