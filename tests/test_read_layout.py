@@ -305,10 +305,29 @@ def test_a_grid_that_nothing_shows_is_said_to_be_unknown() -> None:
     assert site.reason.endswith("in raster order (token grid unknown)")
 
 
-def test_a_grid_of_symbolic_size_is_left_unknown_and_does_not_specialise() -> None:
-    backend = KeepGraphs(lambda gm: convert(gm, CONFIG))
-    compiled = torch.compile(Patches(), backend=backend, dynamic=True)
-    for size in (8, 12, 16):
-        compiled(torch.randn(1, 4, 3, size, size + 4))
+@pytest.mark.parametrize("with_text", [False, True])
+def test_a_grid_of_symbolic_size_stays_symbolic_and_the_tiles_follow_it(with_text: bool) -> None:
+    model, backend = Patches(), KeepGraphs(lambda gm: convert(gm, CONFIG))
+    compiled = torch.compile(model, backend=backend, dynamic=True)
+    for frames, size in ((3, 8), (5, 12), (4, 16)):
+        num_text = 4 + frames if with_text else 0
+        inputs = torch.randn(1, 4, frames, size, size + 4), tokens(num_text) if with_text else None
+        given = (frames, size // 2, size // 2 + 2)
+        config = SLA2Config(sparsity=0.5, block_q=16, block_k=16, token_grid=given, exact_prefix=num_text)
+        torch.testing.assert_close(compiled(*inputs), with_reference(model, config, *inputs), rtol=1e-4, atol=1e-5)
     assert len(backend.graphs) == 1
-    assert [site.verdict for sites in backend.results for site in sites] == ["sla2"]
+
+
+def test_inductor_compiles_symbolic_grids_once_and_trains_with_them() -> None:
+    model, options = Patches(), {"sparsity": 0.5, "block_q": 16, "block_k": 16, "min_seq_len": 24}
+    compiled = torch.compile(model, backend="sla2", options=options, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for frames, size in ((3, 8), (4, 12)):
+            video = torch.randn(1, 4, frames, size, size + 4)
+            config = SLA2Config(sparsity=0.5, block_q=16, block_k=16, token_grid=(frames, size // 2, size // 2 + 2))
+            grads = []
+            for out in (compiled(video), with_reference(model, config, video)):
+                model.zero_grad()
+                out.square().mean().backward()
+                grads.append(model.embed.weight.grad.clone())
+            torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-5)

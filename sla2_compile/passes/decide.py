@@ -7,6 +7,7 @@ leaves the site dense.
 from __future__ import annotations
 
 import dataclasses
+import math
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -152,15 +153,15 @@ def _fit_layout(site: Site, config: SLA2Config) -> tuple[SLA2Config, str]:
         reason += f", keeping {' and '.join(exact)} exact" if exact else ""
         # As symbols, so that no guard fixes them.
         exact_tokens = sum(part.size for part in (*layout.prefix, *layout.suffix))
-    grid = config.token_grid or site.layout.grid
-    if grid is None:
+    sizes = config.token_grid or (site.layout.grid and tuple(axis.size for axis in site.layout.grid))
+    if sizes is None:
         has_one_order = guard_or_false(site.q_shape[2] == site.kv_len)
         note = "token grid unknown" if has_one_order else "queries and keys are not the same tokens"
         return config, f"{reason}, in raster order ({note})"
-    t, h, w = grid
-    length = t * h * w + exact_tokens
+    t, h, w = map(size_hint, sizes)
+    length = math.prod(sizes) + exact_tokens
     if guard_or_false(site.q_shape[2] == length) and guard_or_false(site.kv_len == length):
-        return dataclasses.replace(config, token_grid=grid), f"{reason}, in tiles of the {t} x {h} x {w} grid"
+        return dataclasses.replace(config, token_grid=(t, h, w)), f"{reason}, in tiles of the {t} x {h} x {w} grid"
     note = f"token grid {t} x {h} x {w} is not that of {size_hint(site.kv_len) - size_hint(exact_tokens)} tokens"
     return dataclasses.replace(config, token_grid=None), f"{reason}, in raster order ({note})"
 

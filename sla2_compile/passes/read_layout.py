@@ -3,15 +3,17 @@
     %video = flatten(conv3d(%x), 2).transpose(1, 2);  %q = ... cat([%text, %video], 1) ...
     ->  site.layout = TokenLayout(prefix=(77 tokens,), suffix=(), grid=(5, 16, 16))
 
-`set_exact_tokens` then gives the op the lengths, as numbers or, where they are symbolic, as nodes that read them.
+`set_symbolic_sizes` then gives the op the sizes that are symbolic, as nodes that read them.
 """
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Sequence
+from typing import Any
 
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from sla2_compile.config import SLA2Config
 from sla2_compile.passes.axes import Axis
@@ -42,13 +44,13 @@ def _layout(site: Site, q: Axis, k: Axis) -> TokenLayout:
     if not same_size(q.size, k.size):
         return _layout_of_longer_keys(site, q, k)
     if not q.joined or len(q.joined) != len(k.joined):
-        return TokenLayout(grid=_grid(q) or _grid(k))
+        return TokenLayout(grid=_grid(site, q) or _grid(site, k))
     if not all(same_size(x.size, y.size) for x, y in zip(q.joined, k.joined, strict=True)):
         return TokenLayout()
     sizes = [size_hint(part.size) for part in q.joined]
     at = sizes.index(max(sizes))
     text = _text_around(site, q.joined, at)
-    return TokenLayout() if text is None else TokenLayout(*text, _grid(q.joined[at]) or _grid(k.joined[at]))
+    return TokenLayout() if text is None else TokenLayout(*text, _grid(site, q.joined[at]) or _grid(site, k.joined[at]))
 
 
 def _layout_of_longer_keys(site: Site, q: Axis, k: Axis) -> TokenLayout:
@@ -70,17 +72,17 @@ def _can_read(site: Site, part: Axis) -> bool:
     return isinstance(part.size, int) or (part.source is not None and part.source[0].graph is site.owner.graph)
 
 
-def _grid(axis: Axis) -> tuple[int, int, int] | None:
+def _grid(site: Site, axis: Axis) -> tuple[Axis, Axis, Axis] | None:
     """(frames, height, width) that were merged into a dimension; a picture has one frame."""
     factors = list(axis.factors)
-    while len(factors) > 3 and factors[0].size == 1:
+    while len(factors) > 3 and same_size(factors[0].size, 1):
         factors.pop(0)
-    sizes = [factor.size for factor in factors]
-    if not all(isinstance(size, int) for size in sizes) or sum(size > 1 for size in sizes) < 2:
+    if len(factors) == 2 and all(factor.is_spatial for factor in factors):
+        factors.insert(0, Axis(1))
+    if len(factors) != 3 or sum(size_hint(factor.size) > 1 for factor in factors) < 2:
         return None
-    if len(sizes) == 2 and all(factor.is_spatial for factor in factors):
-        return 1, sizes[0], sizes[1]
-    return (sizes[0], sizes[1], sizes[2]) if len(sizes) == 3 else None
+    frames, height, width = factors
+    return (frames, height, width) if all(_can_read(site, factor) for factor in factors) else None
 
 
 def num_tokens(parts: Sequence[Axis]) -> int:
@@ -88,28 +90,38 @@ def num_tokens(parts: Sequence[Axis]) -> int:
     return sum(size_hint(part.size) for part in parts)
 
 
-def set_exact_tokens(sites: list[Site]) -> int:
-    """Replace the traced numbers of exact tokens by the symbolic lengths they stand for; in how many sites."""
+def set_symbolic_sizes(sites: list[Site]) -> int:
+    """Replace traced numbers of exact tokens and grids by the symbolic sizes they stand for; in how many sites."""
     num_symbolic = 0
     for site in sites:
-        config = site.config
+        config, layout = site.config, site.layout
         if site.verdict != "sla2" or config is None:
             continue
-        for name, parts in (("exact_prefix", site.layout.prefix), ("exact_suffix", site.layout.suffix)):
-            is_inferred = parts and getattr(config, name) == num_tokens(parts)
-            if is_inferred and not all(isinstance(part.size, int) for part in parts):
-                site.node.kwargs = {**site.node.kwargs, name: _read_size(site, parts)}
-                num_symbolic += 1
+        build, symbolic = Builder(site.node), {}
+        for name, parts in (("exact_prefix", layout.prefix), ("exact_suffix", layout.suffix)):
+            if _is_symbolic(parts) and getattr(config, name) == num_tokens(parts):
+                symbolic[name] = functools.reduce(
+                    lambda total, part: build.function(operator.add, total, part), _read_sizes(build, parts)
+                )
+        grid = layout.grid or ()
+        if _is_symbolic(grid) and config.token_grid == tuple(size_hint(part.size) for part in grid):
+            symbolic["token_grid"] = _read_sizes(build, grid)
+        site.node.kwargs = {**site.node.kwargs, **symbolic}
+        num_symbolic += bool(symbolic)
     return num_symbolic
 
 
-def _read_size(site: Site, parts: Sequence[Axis]) -> Node | int:
-    build = Builder(site.node)
-    total: Node | int = 0
+def _is_symbolic(parts: Sequence[Axis]) -> bool:
+    return not all(isinstance(part.size, int) for part in parts)
+
+
+def _read_sizes(build: Builder, parts: Sequence[Axis]) -> list[Any]:
+    """The sizes of parts, each a number or a node that reads it."""
+    sizes: list[Any] = []
     for part in parts:
-        size: Node | int = part.size
-        if not isinstance(part.size, int):
+        if isinstance(part.size, int):
+            sizes.append(part.size)
+        else:
             assert part.source is not None
-            size = build.method("size", *part.source)
-        total = size if total == 0 else build.function(operator.add, total, size)
-    return total
+            sizes.append(build.method("size", *part.source))
+    return sizes

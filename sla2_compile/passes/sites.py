@@ -41,12 +41,12 @@ class TokenLayout:
     Args:
         prefix: the parts that were joined before the video or picture: text.
         suffix: the parts that were joined after it.
-        grid: (frames, height, width) of the video or picture; None where the graph does not show it.
+        grid: frames, height and width of the video or picture; None where the graph does not show them.
     """
 
     prefix: tuple[Axis, ...] = ()
     suffix: tuple[Axis, ...] = ()
-    grid: tuple[int, int, int] | None = None
+    grid: tuple[Axis, Axis, Axis] | None = None
 
 
 @dataclass
