@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.utils import counters
 from torch.fx import GraphModule
 
 from sla2_compile.passes.find_attention import ROOT_NAME, module_path
@@ -85,6 +84,8 @@ class Outside:
 @contextmanager
 def watch_outside() -> Iterator[Outside]:
     """Count attention that runs, inside the context, neither in a graph's site (`in_graph`) nor while tracing."""
+    # Loaded here: Dynamo imports optional packages that it finds.
+    counters = torch._dynamo.utils.counters
     outside, before = Outside(), Counter(counters["graph_break"])
     with torch.autograd.profiler.profile() as profile:
         yield outside
