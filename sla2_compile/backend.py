@@ -21,9 +21,9 @@ import sla2_compile.ops  # noqa: F401  (registers the operators)
 from sla2_compile.config import SLA2Config
 from sla2_compile.dense import CompileGraph, copy_graph, with_dense_twin
 from sla2_compile.passes.decide import check_patterns
-from sla2_compile.passes.find_broken_attention import is_whole_model
 from sla2_compile.passes.pipeline import convert
 from sla2_compile.passes.sites import Site
+from sla2_compile.passes.whole_model import is_whole_model
 
 
 def sla2(
@@ -88,15 +88,17 @@ def _is_calibrated(site: Site) -> bool:
 
 
 def _report_unconverted(gm: GraphModule, sites: list[Site], config: SLA2Config) -> None:
-    """Say once that nothing became SLA2; an error under `strict` where the graph is the whole model."""
-    if any(site.verdict == "sla2" for site in sites) or (not sites and not is_whole_model(gm)):
+    """Say that nothing became SLA2; under `strict` an error, except for a part of a model: another may have some."""
+    is_whole = is_whole_model(gm)
+    if any(site.verdict == "sla2" for site in sites) or (not sites and not is_whole):
         return
     if sites:
         reasons = "; ".join(sorted({site.reason for site in sites}))
-        what = f"none of the {len(sites)} attention sites of a compiled graph was converted ({reasons})"
+        where = "the model" if is_whole else "a part of the model between graph breaks"
+        what = f"none of the {len(sites)} attention sites of {where} was converted ({reasons})"
     else:
         what = "the model holds no attention that the backend knows"
-    if config.strict:
+    if config.strict and is_whole:
         raise ValueError(
             f"strict: expected at least one converted attention site, but {what}; drop strict or the backend"
         )

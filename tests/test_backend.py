@@ -116,6 +116,34 @@ def test_a_graph_without_attention_beside_one_with_it_says_nothing() -> None:
         compile_aot(broken)(tokens(), Attention())
 
 
+class Parts(nn.Module):
+    """Dynamo leaves the loop to Python, for its graph break, and compiles each layer by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text, self.norm, self.video = Attention(), nn.LayerNorm(WIDTH), Attention()
+
+    def forward(self, x: Tensor, text: Tensor) -> tuple[Tensor, ...]:
+        outs = []
+        for layer, y in ((self.text, text), (self.norm, x), (self.video, x)):
+            torch._dynamo.graph_break()
+            outs.append(layer(y))
+        return tuple(outs)
+
+
+def test_a_part_of_a_broken_model_is_not_taken_for_the_whole() -> None:
+    model, inputs = Parts(), (tokens(), tokens(16))
+    options = {"sparsity": 0.5, "block_q": 16, "block_k": 16, "min_seq_len": 32, "strict": True}
+    config = SLA2Config(**options, exclude=("elsewhere",))
+    with pytest.warns(UserWarning, match="sla2: ") as said:
+        _, _, out = compile_aot(model, config)(*inputs)
+    torch.testing.assert_close(out, with_reference(model, config, *inputs)[2], rtol=1e-4, atol=1e-5)
+    assert [str(each.message).partition(";")[0] for each in said] == [
+        "sla2: none of the 1 attention sites of a part of the model between graph breaks was converted "
+        "(16 keys, fewer than min_seq_len=32)"
+    ]
+
+
 def test_the_default_sparsity_is_announced_and_a_chosen_one_is_not() -> None:
     announced = build_backend(SMALL, aot_eager, sparsity_is_default=True)
     with pytest.warns(UserWarning, match=r"default of 0\.5"):
