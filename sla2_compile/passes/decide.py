@@ -125,9 +125,9 @@ def _too_short(site: Site, config: SLA2Config) -> str | None:
     q_len, kv_len = site.q_shape[2], site.kv_len
     if not guard_or_false(kv_len >= config.min_seq_len):
         kind = "cross-attention to " if size_hint(q_len) > size_hint(kv_len) else ""
-        return f"{kind}{size_hint(kv_len)} keys, fewer than min_seq_len={config.min_seq_len}"
+        return f"{kind}{_count(size_hint(kv_len), 'key', 'keys')}, fewer than min_seq_len={config.min_seq_len}"
     if not guard_or_false(q_len >= config.min_seq_len):
-        return f"{size_hint(q_len)} queries, fewer than min_seq_len={config.min_seq_len}"
+        return f"{_count(size_hint(q_len), 'query', 'queries')}, fewer than min_seq_len={config.min_seq_len}"
     return None
 
 
@@ -164,6 +164,10 @@ def _fit_layout(site: Site, config: SLA2Config) -> tuple[SLA2Config, str]:
         return dataclasses.replace(config, token_grid=(t, h, w)), f"{reason}, in tiles of the {t} x {h} x {w} grid"
     note = f"token grid {t} x {h} x {w} is not that of {size_hint(site.kv_len) - size_hint(exact_tokens)} tokens"
     return dataclasses.replace(config, token_grid=None), f"{reason}, in raster order ({note})"
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
 
 
 def _ends(where: str, count: int) -> str:

@@ -20,10 +20,11 @@ PAGE = Path(__file__).parents[2] / "docs" / "coverage.md"
 INTRODUCTION = """\
 # Which models are converted
 
-Written by `make coverage`, with {versions}. Every model is built from its
-library's own class with small random weights and compiled whole: pictures and videos have 32 tokens or more, text at
-most 16, and what has fewer than {min_seq_len} counts as short. Of each is checked, with the expectations in
-`tests/families/`:
+Written by `make coverage`, with {versions}.
+
+Every model is built from its library's own class with small random weights and compiled whole: pictures and videos have
+32 tokens or more, text at most 16, and what has fewer than {min_seq_len} counts as short. Of each is checked, with the
+expectations in `tests/families/`:
 
 - every attention site that the rules call eligible is converted, and what is read of its tokens is as expected;
 - at sparsity 0 the outputs equal the eager model's, and so do the gradients of all parameters (relative L2 error in
@@ -34,7 +35,7 @@ most 16, and what has fewer than {min_seq_len} counts as short. Of each is check
   where the last column says so.
 
 **{num_families} models, {num_diffusers} of them of diffusers; {num_converted} of their {num_sites} attention sites
-become SLA2.** The rest is short, mostly cross-attention to text, or has a mask or bias that the operation does not take.
+become SLA2.** The rest is short, mostly cross-attention to text, or has a mask or bias that the operation cannot take.
 
 Tokens: numbers are text or other tokens that stay exact, before or after the grid of the video or picture (frames x
 height x width); `?` is a grid that the graph does not show, `-` means that queries and keys are not the same tokens.
