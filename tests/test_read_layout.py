@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from small_models import HEADS, WIDTH, KeepGraphs, tokens, with_reference
 from torch import Tensor, nn
+from torch._dynamo.backends.debugging import aot_eager
 from torch.utils.checkpoint import checkpoint
 
+from sla2_compile.backend import build_backend
 from sla2_compile.config import SLA2Config
 from sla2_compile.passes.pipeline import convert
 from sla2_compile.passes.sites import Site
@@ -316,6 +318,32 @@ def test_a_grid_of_symbolic_size_stays_symbolic_and_the_tiles_follow_it(with_tex
         config = SLA2Config(sparsity=0.5, block_q=16, block_k=16, token_grid=given, exact_prefix=num_text)
         torch.testing.assert_close(compiled(*inputs), with_reference(model, config, *inputs), rtol=1e-4, atol=1e-5)
     assert len(backend.graphs) == 1
+
+
+class CheckpointedPatches(Patches):
+    """The same with its attention in a graph of its own, which is computed again in the backward."""
+
+    def forward(self, video: Tensor, text: Tensor | None = None) -> Tensor:
+        x = self.embed(video).flatten(2).transpose(1, 2)
+        x = x if text is None else torch.cat([text, x], 1)
+        return checkpoint(lambda x: attend(x, x, x), x, use_reentrant=False)
+
+
+def test_symbolic_sizes_reach_attention_in_checkpointed_blocks() -> None:
+    model, options = CheckpointedPatches(), {"sparsity": 0.5, "block_q": 16, "block_k": 16, "min_seq_len": 0}
+    backend = build_backend(SLA2Config(**options), aot_eager)
+    compiled = torch.compile(model, backend=backend, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for frames, size in ((3, 8), (5, 12), (4, 16)):
+            inputs = torch.randn(1, 4, frames, size, size + 4), tokens(4 + frames)
+            given = (frames, size // 2, size // 2 + 2)
+            config = SLA2Config(**options, token_grid=given, exact_prefix=4 + frames)
+            grads = []
+            for out in (compiled(*inputs), with_reference(Patches.forward.__get__(model), config, *inputs)):
+                model.zero_grad()
+                out.square().mean().backward()
+                grads.append((out.detach(), model.embed.weight.grad.clone()))
+            torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-5)
 
 
 def test_inductor_compiles_symbolic_grids_once_and_trains_with_them() -> None:

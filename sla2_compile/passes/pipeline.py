@@ -63,7 +63,7 @@ def convert(gm: GraphModule, config: SLA2Config, *, sparsity_is_default: bool = 
         log.debug("%s: %d rewrites; %s", site_pass.__name__, num_rewrites, _describe_change(before, _targets(gm)))
     if bind_state(gm, sites, config, sparsity_is_default=sparsity_is_default):
         _clean_up(gm)
-    if set_symbolic_sizes(sites):
+    if set_symbolic_sizes(gm, sites):
         _clean_up(gm)
     for site in sites:
         log.info("%s: %s (%s)", site.name, site.verdict, site.reason)
