@@ -20,6 +20,7 @@ from torch.fx.node import map_arg
 from torch.overrides import TorchFunctionMode
 
 from sla2_compile.config import SLA2Config
+from sla2_compile.passes.find_attention import ROOT_NAME
 from sla2_compile.passes.pipeline import convert
 from sla2_compile.passes.read_node import op_name
 from sla2_compile.passes.sites import Site
@@ -108,12 +109,21 @@ def check_family(family: Family) -> Coverage:
     if family.no_training is None:
         coverage.gradient_error = _compare_gradients(gradients(model, out), gradients(model, expected))
         assert coverage.gradient_error < MODEL_GRADIENT, coverage.gradient_error
+    _assert_named(coverage, model)
     assert coverage.num_converted == family.converted, coverage.reasons
     assert coverage.dense == family.dense, coverage.reasons
     assert coverage.tokens == set(family.tokens), coverage.tokens
     assert coverage.outside == family.outside, coverage.outside
     assert coverage.other_softmaxes == family.other_softmaxes, coverage.other_softmaxes
     return coverage
+
+
+def _assert_named(coverage: Coverage, model: nn.Module) -> None:
+    """Sites have the paths of modules; in a part of a broken model, from where that part begins."""
+    paths = [path for path, _ in model.named_modules()]
+    for name in (site.name.partition("#")[0] for site in coverage.sites):
+        is_end = any(path.endswith(f".{name}") for path in paths) or name == ROOT_NAME
+        assert name in paths or (is_end and coverage.num_graphs > 1), f"{name} is no module of the model"
 
 
 def _compile(coverage: Coverage, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:

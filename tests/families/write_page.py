@@ -23,10 +23,12 @@ INTRODUCTION = """\
 Written by `make coverage`, with {versions}.
 
 Every model is built from its library's own class with small random weights and compiled whole: pictures and videos have
-32 tokens or more, text at most 16, and what has fewer than {min_seq_len} counts as short. Of each is checked, with the
+32 tokens or more, text at most 16, and what has fewer than {min_seq_len} counts as short. Behind our passes stands
+AOTAutograd without Inductor's code generation, whose own errors are not counted. Of each is checked, with the
 expectations in `tests/families/`:
 
-- every attention site that the rules call eligible is converted, and what is read of its tokens is as expected;
+- every attention site that the rules call eligible is converted and named as `named_modules` names it, and what is read
+  of its tokens is as expected;
 - at sparsity 0 the outputs equal the eager model's, and so do the gradients of all parameters (relative L2 error in
   float32: at most {output_error:.0e} of an output, {gradient_error:.0e} of a parameter's gradient);
 - the sites that stay dense are the nodes that Dynamo traced, with the same arguments, and a graph in which nothing is
