@@ -78,7 +78,8 @@ class CalibrationReport:
     Args:
         sites: one result each.
         budget: how kept blocks were spread; None if that was not asked for.
-        skipped: prepared sites that were not calibrated: not reached by the first batch, or after an interruption.
+        skipped: prepared sites that were not calibrated: reached by no training batch, by no held-out batch, or left
+            when it was interrupted.
         interrupted: stopped by Ctrl-C.
         seconds: how long it took.
     """
@@ -144,7 +145,7 @@ class CalibrationReport:
         if missed := self.not_improved():
             lines.append("kept at the untrained start: " + ", ".join(f"{name} at {_percent(s)}" for name, s in missed))
         if self.interrupted:
-            lines.append("interrupted: the sites above are calibrated")
+            lines.append("interrupted: " + ("the sites above are calibrated" if self.sites else "no site was finished"))
         if self.skipped:
             lines.append("not calibrated: " + ", ".join(self.skipped))
         return [*lines, f"{self.seconds:.0f} s"]

@@ -34,6 +34,8 @@ class PreparedModule(nn.Module):
     sla2: OwnerState
 
 
+# Where the caller is in inference mode, the new parameters are to be trained all the same.
+@torch.inference_mode(False)
 def prepare(model: Model, *args: Any, config: SLA2Config | None = None, **kwargs: Any) -> Model:
     """Attach learned state, at first neutral, to every attention site that the backend would convert.
 
