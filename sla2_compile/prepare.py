@@ -116,6 +116,13 @@ def prepared_class(cls: Any) -> type[nn.Module]:
     return _subclass(cls, (PreparedModule,), {"forward": forward, "__reduce_ex__": reduce})
 
 
+def unprepared_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class that `prepared_class` made `cls` from, also where FSDP2 swapped it again; others as they are."""
+    while issubclass(cls, PreparedModule):
+        cls = cls.__bases__[-1]
+    return cls
+
+
 def _new_prepared(cls: Any) -> nn.Module:
     prepared = prepared_class(cls)
     return prepared.__new__(prepared)
