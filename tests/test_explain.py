@@ -211,6 +211,18 @@ def test_an_unknown_option_on_the_command_line_lists_the_known(
     assert "expected any of sparsity" in capsys.readouterr().err
 
 
+def test_inputs_that_the_model_cannot_take_say_so_with_their_shapes(
+    wan_config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inputs = ("hidden_states=1x16x8x8", "timestep=1:int64", "encoder_hidden_states=1x8x64")
+    assert (
+        main(["explain", "WanTransformer3DModel", wan_config, *(part for x in inputs for part in ("--input", x))]) == 2
+    )
+    error = capsys.readouterr().err
+    assert "--input: expected shapes and dtypes that WanTransformer3DModel.forward can take" in error
+    assert "hidden_states (1, 16, 8, 8)" in error
+
+
 def test_the_doctor_names_versions_devices_kernels_and_why_not(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
