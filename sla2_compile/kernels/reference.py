@@ -223,11 +223,11 @@ def interpolate_logit(logit: Tensor, num_query_blocks: int) -> Tensor:
     if isinstance(num_query_blocks, int) and given == num_query_blocks:
         return logit
     # Made from the logit, so that a sharded one meets tensors of its own kind.
-    place = (logit.detach().new_ones(num_query_blocks).cumsum(0) - 0.5) * given / num_query_blocks
-    place = (place - 0.5).clamp(0, given - 1)
-    lower = place.long()
-    # F.interpolate would do the same, but its backward on CUDA is not deterministic.
-    return torch.lerp(logit[:, lower], logit[:, (lower + 1).clamp(max=given - 1)], place - lower)
+    ones = logit.detach().new_ones
+    place = (ones(num_query_blocks).cumsum(0) - 0.5) * given / num_query_blocks
+    distance = (place - 0.5).clamp(0, given - 1)[None] - (ones(given).cumsum(0) - 1)[:, None]
+    # As a sum over weights: F.interpolate has no deterministic backward on CUDA, indices none on DTensors in torch 2.11.
+    return (logit[:, :, None] * (1 - distance.abs()).clamp(min=0)).sum(1)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
