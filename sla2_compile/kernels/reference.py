@@ -226,7 +226,7 @@ def interpolate_logit(logit: Tensor, num_query_blocks: int) -> Tensor:
     ones = logit.detach().new_ones
     place = (ones(num_query_blocks).cumsum(0) - 0.5) * given / num_query_blocks
     distance = (place - 0.5).clamp(0, given - 1)[None] - (ones(given).cumsum(0) - 1)[:, None]
-    # As a sum over weights: F.interpolate has no deterministic backward on CUDA, indices none on DTensors in torch 2.11.
+    # Not F.interpolate, whose backward on CUDA is not deterministic, nor indices: DTensors have none in torch 2.11.
     return (logit[:, :, None] * (1 - distance.abs()).clamp(min=0)).sum(1)
 
 
