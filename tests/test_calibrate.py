@@ -277,13 +277,16 @@ def test_the_report_prints_converts_to_plain_values_and_to_a_page() -> None:
     text = str(report)
     assert "blocks.1" in text
     assert "paper's form" in text
-    assert "summed error" in text
+    assert "spread: blocks.0 75 %, blocks.1 75 %" in text
     values = json.loads(json.dumps(report.to_dict()))
     assert len(values["sites"][0]["results"][0]["curves"]["pooled, row"]) == 8
     page = report.to_html()
     assert page.startswith("<!doctype html>")
     assert page.count("<svg") == 2
-    assert "<polyline" in page
+    assert page.count("<polyline") == 2 * 4
+    # A figure says how many steps it shows, and where their three phases meet.
+    assert page.count(">8</text>") == 2
+    assert page.count('<line x1="75.0"') == page.count('<line x1="225.0"') == 2
 
 
 def test_masks_grouped_heads_and_16_bit_batches_calibrate() -> None:
