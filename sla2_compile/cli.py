@@ -83,6 +83,8 @@ def _build_model(class_name: str, config_file: Path) -> torch.nn.Module:
         settings = json.loads(config_file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"config_file: expected JSON, got {config_file}: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"config_file: expected a JSON object of settings, got a {type(settings).__name__}")
     # bfloat16 as such models are run, unless an input says otherwise; without memory, since only shapes matter.
     with torch.device("meta"):
         model: torch.nn.Module = model_class.from_config(settings)
@@ -123,6 +125,14 @@ def _check_inputs(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> No
             f"--input: expected {', '.join(required)} for {type(model).__name__}.forward "
             f"(it also takes {', '.join(name for name in parameters if name not in required)}), got {got}"
         )
+    try:
+        with torch.no_grad():
+            model(**inputs)
+    except Exception as error:
+        raise ValueError(
+            f"--input: expected shapes and dtypes that {type(model).__name__}.forward can take, got "
+            f"{', '.join(f'{name} {tuple(x.shape)}' for name, x in inputs.items())}, which raise: {error}"
+        ) from error
 
 
 if __name__ == "__main__":
