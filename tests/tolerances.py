@@ -31,8 +31,8 @@ CODES = 1e-3
 FP8_SUMS = 5e-3
 
 # Relative L2 error of means over blocks, some of them stored in the inputs' dtype, and of log-sum-exps, of which the
-# tail's come from means in the inputs' dtype. Smoothed means are an eighth of the size of the tokens that they sum up, and
-# so is what float32 keeps of them.
+# tail's come from means in the inputs' dtype. Smoothed means are an eighth of the size of the tokens that they sum up,
+# and so is what float32 keeps of them.
 BLOCK_STATISTICS = {torch.float32: 3e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 LOG_SUM_EXP = {torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float16: 1e-4}
 

@@ -1,16 +1,18 @@
 """The attention kernel for Hopper, warp-specialised: the fast path of `triton_mixture.py`.
 
-One warp fetches tiles of K and V with the copy engine into rings in shared memory (`gluon_fetch.py`); two groups of four
-warps, 64 query rows each, consume them (`gluon_stream.py`). In a group the softmax of one tile runs while the tensor cores
-multiply the last tile's probabilities with its values; the groups do not wait for each other, so that one's softmax
-hides the other's matmuls. Programs are persistent: the fetching warp is already at the next query block while the last
-one is finished.
+One warp fetches tiles of K and V with the copy engine into rings in shared memory (`gluon_fetch.py`); two groups of
+four warps, 64 query rows each, consume them (`gluon_stream.py`). In a group the softmax of one tile runs while the
+tensor cores multiply the last tile's probabilities with its values; the groups do not wait for each other, so that
+one's softmax hides the other's matmuls. Programs are persistent: the fetching warp is already at the next query block
+while the last one is finished.
 
 Kept keys and block means are one softmax here, which pooled tail and row mixing without a learned gain are. A linear
 tail with block mixing adds phi(q) H / (phi(q) . Z) with one more matmul. All else is `triton_mixture.py`'s.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
@@ -67,8 +69,7 @@ def _feature_map(x, MAP: gl.constexpr):
 
 @gluon.jit
 def _to_codes(q, scale, dtype: gl.constexpr):
-    """Queries (64, D) as codes, rounded to nearest even like `triton_low_bit.to_codes`. Four at a time: the compiler would
-    pack them byte by byte."""
+    """Queries (64, D) as codes, rounded to nearest even like `triton_low_bit.to_codes`, packed four at a time."""
     inverse = gl.minimum(1 / scale, 1e38)
     x = q.to(gl.float32)
     quotient = x * inverse
@@ -97,7 +98,7 @@ def _channels(ptr, D: gl.constexpr):
 
 @gluon.jit
 def _write_rows(tiles, ptr, x, smem, row, column, first, N, pitch):
-    """Write (64, D) to the tokens from `first` on that exist, by way of `smem`, which stays busy until `tma.store_wait`."""
+    """Write (64, D) to the tokens from `first` on that exist, by way of `smem`, busy until `tma.store_wait`."""
     D: gl.constexpr = x.shape[1]
     smem.store(x)
     fence_async_shared()
@@ -113,9 +114,9 @@ def _write_rows(tiles, ptr, x, smem, row, column, first, N, pitch):
 
 @gluon.jit
 def _consume(
-    part: gl.constexpr, out_tiles, sparse_out_tiles, kept_ptr, bits_ptr, logit_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, center_ptr,
-    states_ptr, out_ptr, sparse_out_ptr, sparse_lse_ptr, tail_lse_ptr, q_smem, k_smem, v_smem, k_bar_smem,
-    v_bar_smem, state_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, state_full, state_empty,
+    part: gl.constexpr, out_tiles, sparse_out_tiles, kept_ptr, bits_ptr, logit_ptr, q_scale_ptr, k_scale_ptr,
+    v_scale_ptr, center_ptr, states_ptr, out_ptr, sparse_out_ptr, sparse_lse_ptr, tail_lse_ptr, q_smem, k_smem, v_smem,
+    k_bar_smem, v_bar_smem, state_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, state_full, state_empty,
     out_rows, out_head_rows, out_columns, out_sn, H, GROUP, N, N_KV, M, T, slots, words, num_heads, first_exact,
     last_exact, scale, RAGGED: gl.constexpr, TAIL: gl.constexpr, LINEAR: gl.constexpr, MAP: gl.constexpr,
 ):  # fmt: skip
@@ -229,7 +230,8 @@ def _consume(
         if SAVE:
             sparse_out = acc * (1 / total)[:, None]
             _write_rows(
-                sparse_out_tiles, sparse_out_ptr, sparse_out.to(dtype), q_block, out_row, out_column, first_row, N, out_sn
+                sparse_out_tiles, sparse_out_ptr, sparse_out.to(dtype), q_block, out_row, out_column, first_row, N,
+                out_sn,
             )  # fmt: skip
             tma.store_wait(0)
             lse = (peak - bias + gl.log2(total)) * LN_2 - shift
@@ -270,8 +272,8 @@ def _attention_kernel(
     q_tiles, k_tiles, v_tiles, k_bar_tiles, v_bar_tiles, state_tiles, out_tiles, sparse_out_tiles, kept_ptr, bits_ptr,
     logit_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, center_ptr, states_ptr, out_ptr, sparse_out_ptr,
     sparse_lse_ptr, tail_lse_ptr, q_rows, q_head_rows, q_columns, k_rows, k_head_rows, k_columns, v_rows, v_head_rows,
-    v_columns, out_rows, out_head_rows, out_columns, out_sn, H, GROUP, N, N_KV, M, T, slots, words, num_heads, first_exact,
-    last_exact, scale, RAGGED: gl.constexpr, MAP: gl.constexpr, STAGES: gl.constexpr,
+    v_columns, out_rows, out_head_rows, out_columns, out_sn, H, GROUP, N, N_KV, M, T, slots, words, num_heads,
+    first_exact, last_exact, scale, RAGGED: gl.constexpr, MAP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Grid: as many programs as multiprocessors. sparse_out_ptr None: nothing is saved, log-sum-exps are 0.
 
@@ -312,16 +314,18 @@ def _attention_kernel(
     fence_async_shared()
     gl.warp_specialize(
         [
-            (_consume, (gl.constexpr(0), out_tiles, sparse_out_tiles, kept_ptr, bits_ptr, logit_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr,
-                        center_ptr, states_ptr, out_ptr, sparse_out_ptr, sparse_lse_ptr, tail_lse_ptr, q_smem,
-                        k_smem, v_smem, k_bar_smem, v_bar_smem, state_smem, q_full, q_empty, k_full, k_empty, v_full,
-                        v_empty, state_full, state_empty, out_rows, out_head_rows, out_columns, out_sn, H, GROUP, N, N_KV,
-                        M, T, slots, words, num_heads, first_exact, last_exact, scale, RAGGED, TAIL, LINEAR, MAP)),
-            (_consume, (gl.constexpr(1), out_tiles, sparse_out_tiles, kept_ptr, bits_ptr, logit_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr,
-                        center_ptr, states_ptr, out_ptr, sparse_out_ptr, sparse_lse_ptr, tail_lse_ptr, q_smem,
-                        k_smem, v_smem, k_bar_smem, v_bar_smem, state_smem, q_full, q_empty, k_full, k_empty, v_full,
-                        v_empty, state_full, state_empty, out_rows, out_head_rows, out_columns, out_sn, H, GROUP, N, N_KV,
-                        M, T, slots, words, num_heads, first_exact, last_exact, scale, RAGGED, TAIL, LINEAR, MAP)),
+            (_consume, (gl.constexpr(0), out_tiles, sparse_out_tiles, kept_ptr, bits_ptr, logit_ptr, q_scale_ptr,
+                        k_scale_ptr, v_scale_ptr, center_ptr, states_ptr, out_ptr, sparse_out_ptr, sparse_lse_ptr,
+                        tail_lse_ptr, q_smem, k_smem, v_smem, k_bar_smem, v_bar_smem, state_smem, q_full, q_empty,
+                        k_full, k_empty, v_full, v_empty, state_full, state_empty, out_rows, out_head_rows,
+                        out_columns, out_sn, H, GROUP, N, N_KV, M, T, slots, words, num_heads, first_exact,
+                        last_exact, scale, RAGGED, TAIL, LINEAR, MAP)),
+            (_consume, (gl.constexpr(1), out_tiles, sparse_out_tiles, kept_ptr, bits_ptr, logit_ptr, q_scale_ptr,
+                        k_scale_ptr, v_scale_ptr, center_ptr, states_ptr, out_ptr, sparse_out_ptr, sparse_lse_ptr,
+                        tail_lse_ptr, q_smem, k_smem, v_smem, k_bar_smem, v_bar_smem, state_smem, q_full, q_empty,
+                        k_full, k_empty, v_full, v_empty, state_full, state_empty, out_rows, out_head_rows,
+                        out_columns, out_sn, H, GROUP, N, N_KV, M, T, slots, words, num_heads, first_exact,
+                        last_exact, scale, RAGGED, TAIL, LINEAR, MAP)),
             (fetch, (q_tiles, k_tiles, v_tiles, k_bar_tiles, v_bar_tiles, state_tiles, kept_ptr, q_smem, k_smem,
                      v_smem, k_bar_smem, v_bar_smem, state_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                      state_full, state_empty, q_rows, q_head_rows, q_columns, k_rows, k_head_rows, k_columns, v_rows,
@@ -341,9 +345,8 @@ def _is_eligible(inputs: AttentionInputs, settings: Settings) -> bool:
     smooth = inputs.codes.v is None or inputs.codes.k is not None
     one_softmax = settings.tail == "pooled" and settings.mixing == "row" and inputs.alpha_gain is None
     one_more_matmul = settings.tail == "linear" and settings.mixing == "block"
-    return (
-        on_hopper and fits and blocks and plain and smooth and (one_softmax or one_more_matmul or not inputs.has_tail)
-    )
+    tail = one_softmax or one_more_matmul or not inputs.has_tail
+    return on_hopper and fits and blocks and plain and smooth and tail
 
 
 def attend(outputs: Outputs, inputs: AttentionInputs, settings: Settings) -> bool:
@@ -403,5 +406,9 @@ def _matrix_tiles(x: Tensor, rows: int) -> TensorDescriptor:
 
 
 def _tiles(x: Tensor, shape: list[int], rows: int, columns: int) -> TensorDescriptor:
-    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], ELEMENTS[x.dtype])
-    return TensorDescriptor(x, shape, [shape[1], 1], [rows, columns], layout)
+    return TensorDescriptor(x, shape, [shape[1], 1], [rows, columns], _shared_layout(rows, columns, x.dtype))
+
+
+@functools.cache
+def _shared_layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], ELEMENTS[dtype])

@@ -33,8 +33,8 @@ def _fetch_tile(tiles, row, column, smem, full, empty, step):
 def fetch(
     q_tiles, k_tiles, v_tiles, k_bar_tiles, v_bar_tiles, state_tiles, kept_ptr, q_smem, k_smem, v_smem, k_bar_smem,
     v_bar_smem, state_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, state_full, state_empty,
-    q_rows, q_head_rows, q_columns, k_rows, k_head_rows, k_columns, v_rows, v_head_rows, v_columns, H, GROUP, M, T, slots,
-    num_heads, first_exact, last_exact,
+    q_rows, q_head_rows, q_columns, k_rows, k_head_rows, k_columns, v_rows, v_head_rows, v_columns, H, GROUP, M, T,
+    slots, num_heads, first_exact, last_exact,
 ):  # fmt: skip
     """Every tensor is a matrix to it, whose rows are as far apart as two tokens; codes lie block after block.
 

@@ -1,8 +1,8 @@
 """What a group of warps does with tiles of keys and values: the inner loop of `gluon_attention.py`.
 
-The next tile's scores are issued to the tensor cores, then the last tile's probabilities times its values; the softmax of
-the scores runs while the values are multiplied. At 64 rows a group and 64 keys a tile a step keeps the tensor cores busy
-for 512 cycles in 16 bit, and the two groups of a program take turns on them.
+The next tile's scores are issued to the tensor cores, then the last tile's probabilities times its values; the softmax
+of the scores runs while the values are multiplied. At 64 rows a group and 64 keys a tile a step keeps the tensor cores
+busy for 512 cycles in 16 bit, and the two groups of a program take turns on them.
 """
 
 from __future__ import annotations

@@ -34,7 +34,9 @@ def token_strides(*tensors: Tensor) -> tuple[int, tuple[int, ...]]:
             more, which Triton sees by itself.
         strides: along B, H and N of each tensor, divided by `unit`; 0 along dimensions of one element.
     """
-    strides = tuple(x.stride(i) if x.shape[i] > 1 else 0 for x in tensors for i in range(3))
+    strides = tuple(
+        stride if size > 1 else 0 for x in tensors for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)
+    )
     unit = math.gcd(MAX_UNIT, *strides)
     if unit == MAX_UNIT:
         return 1, strides

@@ -155,8 +155,8 @@ def _queries_kernel(
         j = tl.where(keeps_all, j, tl.load(kept_ptr + 1 + j, mask=j < slots, other=0))
         keys = j * BLOCK_K + i % KEY_PARTS * KEYS + tl.arange(0, KEYS)
         dq, dropped = _kept_step(
-            dq, dropped, q, grad, q_ptr, grad_ptr, token, exists, q_sn, grad_sn, lse, offset, cap, k_ptr, v_ptr, real_ptr,
-            order_ptr, k_sn, v_sn, keys, N_KV, scale_log2, D, BLOCK_D, ROWS, KEYS, real_ptr is not None,
+            dq, dropped, q, grad, q_ptr, grad_ptr, token, exists, q_sn, grad_sn, lse, offset, cap, k_ptr, v_ptr,
+            real_ptr, order_ptr, k_sn, v_sn, keys, N_KV, scale_log2, D, BLOCK_D, ROWS, KEYS, real_ptr is not None,
             k_mean_ptr is not None, CAP, PRECISION,
         )  # fmt: skip
     if RAGGED and real_ptr is None:

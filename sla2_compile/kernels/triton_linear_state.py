@@ -1,7 +1,7 @@
 """States of the linear tail for each query block: H_i and Z_i over the key blocks that it does not keep.
 
-Both are one batched matmul of the 0/1 tail mask with all h_j and z_j: exact where the tail is empty, and it costs less than
-reading h_j again for each kept block (0.05 TFLOP for shape (1, 12, 32760, 128)).
+Both are one batched matmul of the 0/1 tail mask with all h_j and z_j: exact where the tail is empty, and it costs less
+than reading h_j again for each kept block (0.05 TFLOP for shape (1, 12, 32760, 128)).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sla2_compile.kernels.triton_backward_linear_keys import key_block_states, s
 
 @triton.jit
 def _tail_mask_kernel(bits_ptr, n_ptr, mask_ptr, value, HM, T, W, mask_stride, KEYS: tl.constexpr):
-    """Grid (B H M,): `value` where a key block is in a query block's tail, else 0. HM: query blocks of a batch element."""
+    """Grid (B H M,): `value` where a key block is in a query block's tail, else 0. HM: query blocks of a batch."""
     row = tl.program_id(0).to(tl.int64)
     for first in range(0, T, KEYS):
         j = first + tl.arange(0, KEYS)

@@ -43,8 +43,8 @@ class Codes:
 def to_codes(x, scale, FP8: tl.constexpr):
     """`x` divided by its scale and rounded to nearest even: float32 to int8 or FP8 e4m3.
 
-    The quotient is the correctly rounded one, by a step of Newton's method (Markstein 1990): values of 16 bits are often
-    just between two codes. Scales too small to have a reciprocal leave it a rounding error away.
+    The quotient is the correctly rounded one, by a step of Newton's method (Markstein 1990): values of 16 bits are
+    often just between two codes. Scales too small to have a reciprocal leave it a rounding error away.
     """
     inverse = tl.minimum(tl.div_rn(1.0, scale), 1e38)
     quotient = x * inverse

@@ -92,8 +92,8 @@ def _attention_kernel(
 
     UNIFIED: one softmax over kept keys and block means. The `tiles` are tensor descriptors of what the pointers point
     to, or None; the copy engine reads through them whole tiles of keys that are all real and in the model's order.
-    center_ptr: what smoothing would take off the keys, where they are read without it and a log-sum-exp must tell, or FP8
-    probabilities, whose steps depend on the scores.
+    center_ptr: what smoothing would take off the keys, where they are read without it and a log-sum-exp must tell, or
+    FP8 probabilities, whose steps depend on the scores.
     sparse_out_ptr None: nothing is saved for the backward, and log-sum-exps are written as 0.
     """
     q_sb, q_sh, q_sn = in_elements((q_sb, q_sh, q_sn), UNIT)
@@ -163,7 +163,8 @@ def _attention_kernel(
         acc, total, peak = kept_step(
             acc, total, peak, dropped, kept_q, kept_factor, q_ptr, token, exists, q_sn, k_ptr, v_ptr, k_tiles, v_tiles,
             k_codes_ptr, k_scale_ptr, v_codes_ptr, real_ptr, order_ptr, k_row, k_column, v_row, v_column, k_sn, v_sn,
-            kv_head, j, i % KEY_PARTS, N_KV, T, D, BLOCK_D, BLOCK_K, ROWS, KEYS, CHUNK, real_ptr is not None, DROP, PRECISION,
+            kv_head, j, i % KEY_PARTS, N_KV, T, D, BLOCK_D, BLOCK_K, ROWS, KEYS, CHUNK, real_ptr is not None, DROP,
+            PRECISION,
         )  # fmt: skip
     if RAGGED and real_ptr is None:
         for i in tl.range(unchecked, count * KEY_PARTS, num_stages=1):

@@ -93,7 +93,8 @@ def _choose_kernel(
     code = tl.where(real, tl.minimum(tl.maximum(code, 2), 0xFFFFFFFE), 1)
     code = tl.where((t < first_key) | (t >= last_key), 0xFFFFFFFF, code)
     code = tl.where(exists, code, 0).to(tl.uint32)
-    # A code that the best `slots` reach and no others, bit by bit from the highest; the slots-th best's if it has equals.
+    # A code that the best `slots` reach and no others, bit by bit from the highest; the slots-th best's where that has
+    # equals.
     threshold = tl.zeros([], tl.uint32)
     digit = tl.full([], 0x80000000, tl.uint32)
     reach = slots + 1

@@ -1,8 +1,8 @@
 """Low-bit number formats of the sparse branch: codes, scales, and the values they stand for.
 
 Scales follow SageAttention2++ (arXiv 2505.21136): q and k per block of tokens, v per channel. Probabilities are scaled
-by a power of two for each row, and not by what fills the range: an online softmax then rounds to the same codes, whichever
-maximum it has when a tile comes by. Rounding is to nearest even; scales divide, as the kernels do.
+by a power of two for each row, and not by what fills the range: an online softmax then rounds to the same codes,
+whichever maximum it has when a tile comes by. Rounding is to nearest even; scales divide, as the kernels do.
 """
 
 from __future__ import annotations
