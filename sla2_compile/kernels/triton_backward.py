@@ -106,7 +106,7 @@ def backward(
         )
         key_gradients(
             dk, dv, grad_out, q, k, v, index, rows, means.n, dk_bar, dv_bar, correction, real, order, settings,
-            keys_config(*hardware),
+            keys_config(dim, q.element_size(), q.device),
         )  # fmt: skip
     return dq, dk, dv, d_logit, d_gain
 

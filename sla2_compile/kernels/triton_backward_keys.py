@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sla2_compile.kernels.hardware import capability, shared_memory
 from sla2_compile.kernels.launch_arguments import MAX_REGISTERS, next_power_of_two, padded_dim, token_strides
 from sla2_compile.kernels.settings import Settings
 from sla2_compile.kernels.triton_backward_loads import in_elements, is_real, load_rows, load_tile, store_tile, token_of
@@ -29,15 +30,19 @@ class KeysConfig:
     num_stages: int
 
 
-def keys_config(dim: int, itemsize: int, shared_memory: int) -> KeysConfig:
-    """For a head dim and a GPU with so many bytes of shared memory per program."""
-    large = shared_memory >= 200 * 1024
+def keys_config(dim: int, itemsize: int, device: torch.device) -> KeysConfig:
+    """For a head dim on a GPU: the largest tiles that no variant of the kernel spills with."""
+    large = shared_memory(device) >= 200 * 1024
+    # Hopper's matmuls leave the registers that four warps need.
+    warps = 4 if large and capability(device)[0] < 10 else 8
     if itemsize == 4:
         return KeysConfig(32, 32, 8, 1) if dim <= 128 else KeysConfig(16, 16, 8, 1)
-    if dim <= 64 or (dim == 128 and large):
+    if dim <= 64:
         return KeysConfig(64, 64, 4, 2)
+    if dim == 128 and large:
+        return KeysConfig(64, 64, warps, 2)
     if dim <= 128:
-        return KeysConfig(64, 32, 4, 3) if large else KeysConfig(64, 32, 4, 2)
+        return KeysConfig(64, 32, warps, 3 if large else 2)
     return KeysConfig(64, 32, 8, 2) if large else KeysConfig(32, 32, 4, 1)
 
 

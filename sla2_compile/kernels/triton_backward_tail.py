@@ -41,7 +41,7 @@ def tail_config(dim: int, itemsize: int, shared_memory: int) -> TailConfig:
     if dim <= 64 or (dim == 128 and large):
         return TailConfig(64, 64, 4, 2)
     if dim <= 128:
-        return TailConfig(64, 32, 4, 3) if large else TailConfig(64, 32, 4, 2)
+        return TailConfig(64, 32, 4, 3) if large else TailConfig(64, 32, 8, 2)
     return TailConfig(64, 32, 8, 2) if large else TailConfig(32, 32, 4, 1)
 
 

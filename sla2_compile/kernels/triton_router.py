@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from sla2_compile.kernels.blocks import num_blocks
-from sla2_compile.kernels.launch_arguments import next_power_of_two, padded_dim
+from sla2_compile.kernels.hardware import capability
+from sla2_compile.kernels.launch_arguments import MAX_REGISTERS, next_power_of_two, padded_dim
 from sla2_compile.kernels.settings import Settings
 
 # Part of the head dimension that a step of a float32 product takes.
@@ -163,6 +164,8 @@ def route(
     _scores_kernel[batch * heads, num_blocks(rows, tile), num_blocks(total, tile)](
         q_bar, k_bar, scores, heads, heads // key_heads, rows, total, settings.scale,
         D=dim, BLOCK_D=padded_dim(dim), ROWS=tile, KEYS=tile, CHUNK=min(CHUNK, padded_dim(dim)), num_warps=4,
+        # Only Hopper fits without being told.
+        maxnreg=None if capability(q_bar.device)[0] == 9 else MAX_REGISTERS,
     )  # fmt: skip
     words = 2 * num_blocks(total, 64)
     bits = kept.new_empty(batch, heads, rows, words)

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sla2_compile.kernels.blocks import num_blocks
+from sla2_compile.kernels.hardware import capability
 from sla2_compile.kernels.launch_arguments import MAX_REGISTERS, padded_dim, token_strides
 from sla2_compile.kernels.settings import Settings
 from sla2_compile.kernels.triton_backward_loads import in_elements, is_real, load_tile, token_of
@@ -192,12 +193,14 @@ def block_statistics(
     late_k_bar = smooths and smooth_k_bar
     num_q, num_k, block_d = batch * heads * M, batch * key_heads * T, padded_dim(dim)
     unit, strides = token_strides(k if q is None else q, k, v)
+    # One warp measures fastest on Hopper; elsewhere it gathers loads until it spills.
+    num_warps = 1 if capability(k.device)[0] in (0, 9) else 2
     _statistics_kernel[num_q + num_k * (1 + int(reads_v)),](
         q, k, v if reads_v else None, real, order, q_mean, q_scale, k_mean, None if late_k_bar else k_bar, v_bar,
         v_peak, n, *strides, 0 if real is None else real.stride(0),
         heads, key_heads, q_len, kv_len, M, T, num_q, num_k,
         D=dim, BLOCK_D=block_d, BLOCK_Q=settings.block_q, BLOCK_K=settings.block_k, ROWS=max(16, 4096 // block_d),
-        LIMIT=FP8_MAX if settings.qk_format == "fp8" else INT8_MAX, UNIT=unit, num_warps=1, maxnreg=MAX_REGISTERS,
+        LIMIT=FP8_MAX if settings.qk_format == "fp8" else INT8_MAX, UNIT=unit, num_warps=num_warps, maxnreg=MAX_REGISTERS,
     )  # fmt: skip
     center = new(batch, key_heads, dim, dtype=float32) if smooths else None
     v_scale = None if v_peak is None else new(batch, key_heads, dim, dtype=float32)
