@@ -200,7 +200,8 @@ def block_statistics(
         v_peak, n, *strides, 0 if real is None else real.stride(0),
         heads, key_heads, q_len, kv_len, M, T, num_q, num_k,
         D=dim, BLOCK_D=block_d, BLOCK_Q=settings.block_q, BLOCK_K=settings.block_k, ROWS=max(16, 4096 // block_d),
-        LIMIT=FP8_MAX if settings.qk_format == "fp8" else INT8_MAX, UNIT=unit, num_warps=num_warps, maxnreg=MAX_REGISTERS,
+        LIMIT=FP8_MAX if settings.qk_format == "fp8" else INT8_MAX, UNIT=unit, num_warps=num_warps,
+        maxnreg=MAX_REGISTERS,
     )  # fmt: skip
     center = new(batch, key_heads, dim, dtype=float32) if smooths else None
     v_scale = None if v_peak is None else new(batch, key_heads, dim, dtype=float32)
