@@ -14,15 +14,15 @@ OTHER = "other"
 SLA2 = "SLA2"
 # A kernel's label is "<files that define it> <its name>"; the first rule with a word in the label decides.
 FORWARD: Rules = (
-    ("linear tail", ("linear", "tail_mask", "nvjet", "cutlass", "gemm", "xmma")),
+    ("linear tail", ("linear", "nvjet", "cutlass", "gemm", "xmma")),
     ("quantisation", ("low_bit", "quant")),
-    ("block means", ("mean", "sequence")),
+    ("block means", ("statistics",)),
     ("router", ("rout", "bits", "topk", "sort", "order")),
     ("sparse + tail", ("attention", "mixture")),
 )
 BACKWARD: Rules = (
-    ("linear tail", ("linear", "tail_mask", "nvjet", "cutlass", "gemm", "xmma")),
-    ("index", ("inverse_index", "mean", "rows")),
+    ("linear tail", ("linear", "nvjet", "cutlass", "gemm", "xmma")),
+    ("index", ("inverse_index", "statistics", "rows")),
     ("tail", ("tail",)),
     ("dq", ("queries",)),
     ("dk, dv", ("keys",)),

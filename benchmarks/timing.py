@@ -7,6 +7,7 @@ up. On a CPU the same functions use the host's clock and report no kernels and n
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 import time
 from collections import Counter
@@ -18,6 +19,9 @@ from statistics import median, quantiles
 from typing import Any
 
 import torch
+
+# Without it the profiler's library stays attached after its first use, and every later launch costs twice as much.
+os.environ.setdefault("TEARDOWN_CUPTI", "1")
 
 Function = Callable[..., Any]
 # The first item of every set is a tensor on the device.

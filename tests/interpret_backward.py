@@ -1,6 +1,6 @@
 """Runs the backward's kernels in Triton's interpreter on the CPU: `python interpret_backward.py '["case", ...]' dtype`.
 
-A process of its own, since TRITON_INTERPRET has to be set before triton is imported. Prints as JSON, for each case,
+Needs TRITON_INTERPRET=1; `interpreter.interpret` sets it. Prints as JSON, for each case,
 each gradient's error and plain PyTorch's in that dtype, both relative to float64.
 """
 
@@ -8,28 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
-from typing import Any
 
-os.environ["TRITON_INTERPRET"] = "1"
-
-import backward_cases as cases
+import interpreter
+import kernel_cases as cases
 import torch
-from triton.runtime import interpreter
 
 from sla2_compile.kernels import triton_backward
-
-
-def let_loops_end_where_a_tensor_says() -> None:
-    """NumPy 2.4 no longer turns an array of one element into an integer, which Triton 3.6 relies on for loop bounds."""
-    patch = interpreter._patch_lang_tensor
-
-    def patch_with_index(tensor: Any, scope: Any) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    interpreter._patch_lang_tensor = patch_with_index
 
 
 def errors_of(case: cases.Case) -> dict[str, dict[str, float]]:
@@ -50,8 +35,7 @@ def errors_of(case: cases.Case) -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    let_loops_end_where_a_tensor_says()
+    interpreter.prepare()
     dtype = getattr(torch, sys.argv[2])
     names = json.loads(sys.argv[1])
     print(json.dumps({name: errors_of(dataclasses.replace(cases.CASES[name], dtype=dtype)) for name in names}))

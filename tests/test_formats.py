@@ -9,6 +9,7 @@ from sla2_compile.kernels.reference import quantize_blocks
 from sla2_compile.quant.formats import (
     FP8_MAX,
     INT8_MAX,
+    TOP_CODE,
     quantize_dequantize,
     quantize_dequantize_probabilities,
     round_to_format,
@@ -43,7 +44,6 @@ def test_rounding_keeps_the_dtype(number_format: str, dtype: torch.dtype) -> Non
     x = normal(4, 8).to(dtype)
     assert round_to_format(x, number_format).dtype == dtype
     assert quantize_dequantize(x, number_format, (-1,)).dtype == dtype
-    assert quantize_dequantize_probabilities(x.abs().clamp(max=1)).dtype == dtype
 
 
 def test_an_unknown_format_is_an_error_that_lists_the_known_ones() -> None:
@@ -129,14 +129,32 @@ def test_the_gradient_passes_straight_through_however_small_it_is(number_format:
     assert torch.equal(x.grad, grad)
 
 
-def test_probabilities_keep_0_and_1_and_are_off_by_half_an_fp8_step() -> None:
-    p = torch.linspace(0, 1, 1001, dtype=torch.float64).requires_grad_()
-    rounded = quantize_dequantize_probabilities(p)
+def test_probabilities_are_off_by_half_an_fp8_step_and_keep_their_order() -> None:
+    weights = torch.linspace(0, 1, 1001, dtype=torch.float64)
+    lse = weights.sum().log()
+    p = (weights / weights.sum()).requires_grad_()
+    rounded = quantize_dequantize_probabilities(p[None], torch.zeros(1), lse[None])[0]
     assert rounded[0] == 0
-    assert rounded[-1] == 1
-    smallest_normal = 2.0**-6 / FP8_MAX
+    assert rounded[-1].item() == pytest.approx(p[-1].item(), rel=1e-12)
+    smallest_normal = 2.0**-6 / TOP_CODE / weights.sum()
     assert ((rounded - p).abs() <= HALF_STEP["fp8"] * p.clamp(min=smallest_normal)).all()
     assert rounded.detach().diff().ge(0).all()
     rounded.backward(grad := torch.full_like(p, 1e-20))
     assert p.grad is not None
     assert torch.equal(p.grad, grad)
+
+
+def test_probabilities_of_a_row_round_alike_whatever_the_largest_score_of_the_row_is() -> None:
+    """So an online softmax may round a tile before it has seen the others."""
+    scores = normal(1, 64)
+    higher = torch.cat([scores, torch.tensor([[scores.max() + 1.7]])], 1)
+    first, second = (
+        quantize_dequantize_probabilities(x.softmax(1), x.amax(1), x.logsumexp(1)) * x.logsumexp(1).exp()
+        for x in (scores, higher)
+    )
+    assert torch.allclose(first, second[:, :64], rtol=1e-12)
+
+
+def test_probabilities_of_an_empty_row_stay_0() -> None:
+    empty = torch.full((1,), -torch.inf)
+    assert quantize_dequantize_probabilities(torch.zeros(1, 4), empty, empty).tolist() == [[0.0] * 4]

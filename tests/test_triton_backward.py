@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
-import json
-import subprocess
-import sys
-from pathlib import Path
 
-import backward_cases as cases
+import kernel_cases as cases
 import pytest
 import torch
-from backward_cases import CASES, Case
+from interpreter import interpret
+from kernel_cases import CASES, Case, gpu_case
 from tolerances import EAGER_ERROR_FACTOR, EAGER_ERROR_FLOOR, LOW_BIT_GRADIENT
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
@@ -38,14 +34,6 @@ def allowed(eager_error: float, case: Case, name: str, factor: float = EAGER_ERR
     return max(factor * eager_error, EAGER_ERROR_FLOOR, 1e-5 if name in ("d_logit", "d_gain") else 0)
 
 
-def interpret(names: list[str], dtype: str) -> dict[str, dict[str, dict[str, float]]]:
-    script = Path(__file__).with_name("interpret_backward.py")
-    command = [sys.executable, "-W", "ignore", str(script), json.dumps(names), dtype]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout)
-
-
 @needs_triton
 @pytest.mark.parametrize(
     "names, dtype",
@@ -59,22 +47,10 @@ def interpret(names: list[str], dtype: str) -> dict[str, dict[str, dict[str, flo
 def test_in_the_interpreter_gradients_are_those_of_float64_and_the_same_in_every_run(
     names: list[str], dtype: str
 ) -> None:
-    for name, errors in interpret(names, dtype).items():
+    for name, errors in interpret("interpret_backward.py", names, dtype).items():
         for gradient, error in errors["triton"].items():
             limit = allowed(errors["eager"][gradient], CASES[name], gradient, INTERPRETER_FACTOR)
             assert error <= limit, (name, gradient, error, limit)
-
-
-def gpu_case(name: str, dtype: torch.dtype, dim: int) -> Case:
-    """A case at the default block sizes, with lengths to match."""
-    case = CASES[name]
-    if case.token_grid is not None:
-        sizes = {"q_len": 4 * 15 * 17 + 50, "kv_len": 4 * 15 * 17 + 50, "token_grid": (4, 15, 17)}
-        return dataclasses.replace(case, block_q=128, block_k=64, **sizes, dim=dim, dtype=dtype)
-    if name.startswith(("one", "long")):
-        return dataclasses.replace(case, dim=dim, dtype=dtype)
-    lengths = {"q_len": 8 * case.q_len + 3, "kv_len": 11 * case.kv_len}
-    return dataclasses.replace(case, block_q=128, block_k=64, **lengths, dim=dim, dtype=dtype)
 
 
 def assert_gradients_are_exact_enough(case: Case) -> None:
@@ -83,10 +59,8 @@ def assert_gradients_are_exact_enough(case: Case) -> None:
     problem = cases.problem(case, "cuda")
     saved = cases.saved_tensors(case, problem)
     arguments = cases.backward_arguments(problem, saved)
-    # Fresh allocations find NaN where nothing was written.
-    poison = [torch.full((1 << 22,), torch.nan, device="cuda") for _ in range(8)]
-    del poison
-    gradients = triton_backward.backward(*arguments, case.settings)
+    with cases.poisoned_memory():
+        gradients = triton_backward.backward(*arguments, case.settings)
     exact = cases.reference_gradients(case, problem, saved[-1], torch.float64)
     eager = cases.relative_errors(cases.reference_gradients(case, problem, saved[-1], case.dtype), exact)
     for name, error in cases.relative_errors(cases.summed(gradients), exact).items():
@@ -101,7 +75,7 @@ def assert_gradients_are_exact_enough(case: Case) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("name", CASES)
 def test_on_a_gpu_gradients_are_those_of_float64(name: str, dtype: torch.dtype) -> None:
-    assert_gradients_are_exact_enough(gpu_case(name, dtype, 64))
+    assert_gradients_are_exact_enough(gpu_case(CASES[name], dtype, 64))
 
 
 @pytest.mark.gpu
@@ -109,7 +83,7 @@ def test_on_a_gpu_gradients_are_those_of_float64(name: str, dtype: torch.dtype) 
 @pytest.mark.parametrize("dim", [16, 72, 80, 96, 128, 160, 192, 256])
 @pytest.mark.parametrize("name", ["pooled row", "linear row", "masked", "tiles"])
 def test_on_a_gpu_every_head_dim_works(name: str, dim: int) -> None:
-    assert_gradients_are_exact_enough(gpu_case(name, torch.bfloat16, dim))
+    assert_gradients_are_exact_enough(gpu_case(CASES[name], torch.bfloat16, dim))
 
 
 @pytest.mark.gpu
@@ -126,7 +100,7 @@ def test_on_a_gpu_every_block_size_works(block_q: int, block_k: int, tail: str) 
 def test_on_a_gpu_a_gradient_expanded_from_a_scalar_is_read() -> None:
     from sla2_compile.kernels import triton_backward
 
-    case = gpu_case("pooled row", torch.bfloat16, 64)
+    case = gpu_case(CASES["pooled row"], torch.bfloat16, 64)
     problem = cases.problem(case, "cuda")
     saved = cases.saved_tensors(case, problem)
     ones = torch.ones((), dtype=case.dtype, device="cuda").expand_as(problem.grad_out)

@@ -23,6 +23,22 @@ LOW_BIT = {
     ("fp8", "fp8"): 6e-2,
 }
 
+# Relative L2 error of what codes stand for, and of what low-bit kernels make of them against the reference's emulation:
+# few codes differ, by one, where a value is halfway between two.
+CODES = 1e-3
+# The same where a GPU's tensor cores add up FP8 products: with some 14 bits, so that scores are off by 1e-3 and in
+# consequence one code of P in a hundred is another.
+FP8_SUMS = 5e-3
+
+# Relative L2 error of means over blocks, some of them stored in the inputs' dtype, and of log-sum-exps, of which the
+# tail's come from means in the inputs' dtype. Smoothed means are an eighth of the size of the tokens that they sum up,
+# and so is what float32 keeps of them.
+BLOCK_STATISTICS = {torch.float32: 3e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+LOG_SUM_EXP = {torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float16: 1e-4}
+
+# Relative L2 error of the linear tail's states, sums of products of numbers rounded to the dtype, stored in it.
+LINEAR_STATES = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
 # Relative L2 of low-bit gradients against those of the same op without formats. The backward itself is not low-bit, but
 # it starts from the forward's outputs and log-sum-exps and inherits part of their error. That of the learned weights is
 # made of differences between the branches' outputs, in which the error weighs more.

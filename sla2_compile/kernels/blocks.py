@@ -40,6 +40,9 @@ class ExactBlocks:
 def exact_blocks(num_tokens: int, block_size: int, exact_prefix: int, exact_suffix: int) -> ExactBlocks:
     """The blocks of a sequence touched by its first `exact_prefix` and last `exact_suffix` tokens."""
     total = num_blocks(num_tokens, block_size)
+    if isinstance(exact_prefix, int) and isinstance(exact_suffix, int) and exact_prefix == exact_suffix == 0:
+        # The same as below, in a tenth of the time: launchers ask at every call.
+        return ExactBlocks(0, total, total)
     first = torch.sym_min(total, num_blocks(exact_prefix, block_size))
     # Without a suffix the last block is not exact even where it is short. No branch: the suffix may be unbacked.
     round_up = (1 - torch.sym_min(1, exact_suffix)) * (block_size - 1)

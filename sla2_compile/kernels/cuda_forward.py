@@ -1,6 +1,7 @@
-"""SLA2 attention on CUDA: block means, router, then one kernel for sparse branch, tail and mixing.
+"""SLA2 attention on CUDA: block statistics, router, then one kernel for sparse branch, tail and mixing.
 
-Twin: `blocked.py`. Extra memory: block means, scores and choices of the router; for a linear tail also its states.
+Twin: `blocked.py`. Extra memory: block statistics, scores and choices of the router; for a linear tail its states, for
+low-bit formats the codes of k and v.
 """
 
 from __future__ import annotations
@@ -8,16 +9,19 @@ from __future__ import annotations
 import contextlib
 
 import torch
-import triton
 from torch import Tensor
 
 from sla2_compile.kernels import blocked, gluon_attention
+from sla2_compile.kernels.attention_stage import AttentionInputs, Outputs
+from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.hardware import shared_memory
+from sla2_compile.kernels.launch_arguments import padded_dim
 from sla2_compile.kernels.settings import Settings, empty_output, empty_saved
 from sla2_compile.kernels.triton_linear_state import linear_states
-from sla2_compile.kernels.triton_means import block_means
-from sla2_compile.kernels.triton_mixture import Outputs, TailMeans, attention, attention_config
+from sla2_compile.kernels.triton_low_bit import low_bit_codes
+from sla2_compile.kernels.triton_mixture import attention, attention_config
 from sla2_compile.kernels.triton_router import route
+from sla2_compile.kernels.triton_statistics import block_statistics
 from sla2_compile.kernels.triton_token_order import visiting_order
 
 
@@ -43,39 +47,49 @@ def forward(
     if q.numel() == 0 or k.shape[2] == 0:
         return out.zero_(), sparse_out.zero_(), sparse_lse.zero_(), tail_lse.zero_(), kept.zero_()
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
-        # Only tensors no model makes have another stride along D than 1.
-        q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
-        order = visiting_order(settings, k.shape[2], q.device)
-        real = None if attn_mask is None else attn_mask.expand(q.shape[0], 1, 1, k.shape[2])[:, 0, 0]
-        real = real if real is None or real.stride(1) == 1 else real.contiguous()
-
-        q_means = block_means(q, settings.block_q, real=None, order=order)
-        k_means = block_means(k, settings.block_k, real=real, order=order)
-        has_tail = kept.shape[3] - 1 < k_means.n.shape[1]
-        pooled = has_tail and settings.tail == "pooled"
-        v_bar = block_means(v, settings.block_k, real=real, order=order).rounded if pooled else k_means.rounded
-        bits = route(q_means.mean, k_means.mean, k_means.n, proj_q, proj_k, kept, q.shape[2], k.shape[2], settings)
-        k_mean = _mean_of_all(k_means.mean, k_means.n) if settings.smooths_keys else None
-        means = TailMeans(k_means.rounded, v_bar, k_means.n, k_mean)
-        linear = None
-        if has_tail and settings.tail == "linear":
-            assert k_mean is not None
-            linear = linear_states(k, v, bits, k_means.n, k_mean, real, order, settings, shared_memory(q.device))
+        inputs = _prepare(q, k, v, attn_mask, proj_q, proj_k, alpha_logit, alpha_gain, kept, settings)
         outputs = Outputs(out, sparse_out if save_sparse_out else None, sparse_lse, tail_lse)
-        if not gluon_attention.attend(
-            outputs, q, k, v, kept, bits, means, linear, alpha_logit, alpha_gain, real, order, settings
-        ):
-            block_d = max(16, triton.next_power_of_2(q.shape[3]))
-            config = attention_config(block_d, q.element_size(), q.device)
-            attention(
-                outputs, q, k, v, kept, bits, means, linear, alpha_logit, alpha_gain, real, order, settings, config
-            )
-        if not save_sparse_out:
-            sparse_lse.zero_(), tail_lse.zero_()
+        if not gluon_attention.attend(outputs, inputs, settings):
+            config = attention_config(padded_dim(q.shape[3]), q.element_size(), q.device, low_bit=inputs.is_low_bit)
+            attention(outputs, inputs, settings, config)
     return out, sparse_out, sparse_lse, tail_lse, kept
 
 
-def _mean_of_all(mean: Tensor, n: Tensor) -> Tensor:
-    """(B, G, D) mean over all real keys, from block means (B, G, T, D) and counts (B, T)."""
-    weight = n[:, None, :, None]
-    return (mean * weight).sum(2) / weight.sum(2).clamp(min=1)
+def _prepare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    proj_q: Tensor | None,
+    proj_k: Tensor | None,
+    alpha_logit: Tensor | None,
+    alpha_gain: Tensor | None,
+    kept: Tensor,
+    settings: Settings,
+) -> AttentionInputs:
+    """Everything that the attention kernels read; writes `kept`."""
+    # Only tensors no model makes have another stride along D than 1.
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    kv_len = k.shape[2]
+    order = visiting_order(settings, kv_len, q.device)
+    real = None if attn_mask is None else attn_mask.expand(q.shape[0], 1, 1, kv_len)[:, 0, 0]
+    real = real if real is None or real.stride(1) == 1 else real.contiguous()
+    has_tail, states = kept.shape[3] - 1 < num_blocks(kv_len, settings.block_k), None
+    statistics = block_statistics(
+        q, k, v, real, order, settings,
+        needs_v_bar=has_tail and settings.tail == "pooled", smooth_k_bar=settings.is_low_bit,
+    )  # fmt: skip
+    choice = route(
+        statistics.q_mean, statistics.k_mean, statistics.n, proj_q, proj_k, kept, q.shape[2], kv_len, settings,
+        masked=real is not None,
+    )  # fmt: skip
+    codes = low_bit_codes(k, v, statistics, real, order, settings)
+    if has_tail and settings.tail == "linear":
+        assert statistics.center is not None
+        states = linear_states(
+            k, v, choice.bits, statistics.n, statistics.center, real, order, settings, shared_memory(q.device)
+        )
+    return AttentionInputs(
+        q, k, v, kept, choice.bits, choice.num_nonempty, statistics, codes, states, alpha_logit, alpha_gain, real,
+        order,
+    )  # fmt: skip

@@ -13,6 +13,9 @@ from torch import Tensor
 from sla2_compile.kernels import blocked, blocked_backward
 from sla2_compile.kernels.hardware import capability
 
+# Ada, Hopper, Blackwell. INT8 runs wherever the kernels do.
+MIN_FP8_CAPABILITY = (8, 9)
+
 Implementation = Literal["triton", "blocked"]
 
 
@@ -58,4 +61,7 @@ def missing_for_format(number_format: str, device: torch.device) -> str | None:
     """Why a low-bit format cannot run on a device; None if it can, or is emulated, and for no format ("")."""
     if not number_format or implementation(device) == "blocked":
         return None
-    return "the CUDA kernels have no low-bit formats yet"
+    major, minor = capability(device)
+    if number_format == "fp8" and (major, minor) < MIN_FP8_CAPABILITY:
+        return f"needs tensor cores for FP8 (compute capability 8.9 or higher), this device has {major}.{minor}"
+    return None

@@ -158,11 +158,10 @@ def _sparse_branch(
     if config.qk_format is not None:
         q = quantize_blocks(q, config.block_q, config.qk_format)
         k = quantize_blocks(k, config.block_k, config.qk_format)
-    probs, lse = masked_softmax(q @ k.mT * scale, mask)
+    scores = q @ k.mT * scale
+    probs, lse = masked_softmax(scores, mask)
     if config.pv_format is not None:
-        peak = probs.detach().amax(-1, keepdim=True)
-        peak = torch.where(peak > 0, peak, 1)
-        probs = quantize_dequantize_probabilities(probs / peak) * peak
+        probs = quantize_dequantize_probabilities(probs, scores.masked_fill(~mask, -torch.inf).amax(-1), lse)
         v = quantize_dequantize(v, config.pv_format, (-2,))
     return probs @ v, lse
 

@@ -36,7 +36,11 @@ class Settings:
     @property
     def smooths_keys(self) -> bool:
         """Whether subtracting the keys' mean changes anything: softmax does not see it, phi and low bits do."""
-        return self.tail == "linear" or self.qk_format is not None
+        return self.tail == "linear" or self.is_low_bit
+
+    @property
+    def is_low_bit(self) -> bool:
+        return self.qk_format is not None or self.pv_format is not None
 
     def num_kept(self, kv_len: int) -> int:
         """Slots of key blocks that a row without exact tokens has."""

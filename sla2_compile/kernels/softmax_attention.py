@@ -53,7 +53,5 @@ def _explicit(
         scores = scores + bias
     probs, lse = masked_softmax(scores, scores > -torch.inf)
     if low_bit is not None and low_bit.pv_format is not None:
-        peak = probs.amax(-1, keepdim=True)
-        peak = torch.where(peak > 0, peak, 1)
-        probs = quantize_dequantize_probabilities(probs / peak) * peak
+        probs = quantize_dequantize_probabilities(probs, scores.amax(-1), lse)
     return (probs @ v).to(q.dtype), lse

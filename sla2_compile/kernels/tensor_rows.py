@@ -11,10 +11,17 @@ def matrix_shape(x: Tensor) -> tuple[int, int] | None:
     A head begins some columns to the right of its batch element's first row, or whole rows below. None where the
     layout is another, or not aligned to the 16 bytes that the copy engine needs.
     """
-    pitch, (batch, heads, length, dim) = x.stride(2), x.shape
-    if pitch < dim or pitch * x.element_size() % 16 or x.data_ptr() % 16 or (batch > 1 and x.stride(0) % pitch):
+    (batch, heads, length, dim), (batch_stride, head_stride, pitch, _) = x.shape, x.stride()
+    if pitch < dim or pitch * x.element_size() % 16 or x.data_ptr() % 16 or (batch > 1 and batch_stride % pitch):
         return None
-    if heads > 1 and x.stride(1) % pitch and heads * x.stride(1) > pitch:
+    if heads > 1 and head_stride % pitch and heads * head_stride > pitch:
         return None
-    last = (batch - 1) * x.stride(0) + (heads - 1) * x.stride(1)
+    last = (batch - 1) * batch_stride + (heads - 1) * head_stride
     return last // pitch + length, pitch
+
+
+def matrix_steps(x: Tensor) -> tuple[int, int, int]:
+    """Of a matrix as above: rows from one batch element to the next, and rows and columns from one head to the next."""
+    batch_stride, head_stride, pitch, _ = x.stride()
+    rows, columns = divmod(head_stride, pitch) if x.shape[1] > 1 else (0, 0)
+    return (batch_stride // pitch if x.shape[0] > 1 else 0), rows, columns

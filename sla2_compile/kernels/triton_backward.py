@@ -15,6 +15,7 @@ import math
 import torch
 from torch import Tensor
 
+from sla2_compile.kernels import blocked_backward
 from sla2_compile.kernels.hardware import shared_memory
 from sla2_compile.kernels.settings import Settings, empty_output, row_gain
 from sla2_compile.kernels.triton_backward_keys import key_gradients, keys_config
@@ -23,13 +24,15 @@ from sla2_compile.kernels.triton_backward_linear_keys import (
     key_block_states,
     linear_config,
     linear_key_gradients,
+    states_config,
 )
 from sla2_compile.kernels.triton_backward_linear_queries import linear_query_gradients
-from sla2_compile.kernels.triton_backward_means import Means, block_means
 from sla2_compile.kernels.triton_backward_queries import queries_config, query_gradient
 from sla2_compile.kernels.triton_backward_rows import Rows, row_statistics
 from sla2_compile.kernels.triton_backward_tail import tail_config, tail_gradient
-from sla2_compile.kernels.triton_inverse_index import InverseIndex, inverse_index, tail_mask
+from sla2_compile.kernels.triton_inverse_index import InverseIndex, inverse_index
+from sla2_compile.kernels.triton_linear_state import tail_mask, tail_states
+from sla2_compile.kernels.triton_statistics import Statistics, block_statistics
 from sla2_compile.kernels.triton_token_order import visiting_order
 
 
@@ -60,6 +63,10 @@ def backward(
         kept: (B, H, M, 1 + slots) int32; see `settings.empty_saved`.
         settings: the op's.
     """
+    if settings.scale <= 0:
+        # Nobody's attention has such a scale, and the sums below are divided by it.
+        arguments = (grad_out, q, k, v, attn_mask, alpha_logit, alpha_gain, out, sparse_out, sparse_lse, tail_lse, kept)
+        return blocked_backward.backward(*arguments, settings)
     dq, dk, dv = empty_output(q), empty_output(k), empty_output(v)
     batch, heads, q_len, dim = q.shape
     if q.numel() == 0 or k.shape[2] == 0:
@@ -75,21 +82,22 @@ def backward(
         real = None if attn_mask is None else attn_mask.expand(batch, 1, 1, k.shape[2])[:, 0, 0]
         real = real if real is None or real.stride(1) == 1 else real.contiguous()
 
-        means = block_means(k, v, real, order, settings)
+        pooled = settings.tail == "pooled"
+        means = block_statistics(None, k, v, real, order, settings, needs_v_bar=pooled, smooth_k_bar=True)
         T, group = means.n.shape[1], heads // k.shape[1]
         num_nonempty = None if real is None else (means.n > 0).sum(1, dtype=torch.int32)
         rows, d_logit, d_gain = row_statistics(
-            grad_out, q, out, sparse_out, sparse_lse, tail_lse, kept, alpha_logit, alpha_gain, means.k_mean,
+            grad_out, q, out, sparse_out, sparse_lse, tail_lse, kept, alpha_logit, alpha_gain, means.center,
             num_nonempty, order, T, group, settings,
         )  # fmt: skip
         index = inverse_index(kept, k.shape[1], q_len, k.shape[2], settings)
         hardware = (dim, q.element_size(), shared_memory(q.device))
         has_tail = kept.shape[3] - 1 < T
         correction = dk_bar = dv_bar = None
-        if has_tail and settings.tail == "linear":
+        if has_tail and not pooled:
             config = linear_config(*hardware)
             correction = _linear_tail(dq, dk, dv, grad_out, q, k, v, real, order, means, rows, index, settings, config)
-        if has_tail and (settings.tail == "pooled" or settings.mixing == "row"):
+        if has_tail and (pooled or settings.mixing == "row"):
             dk_bar, dv_bar = tail_gradient(
                 grad_out, q, index.bits, means, rows, order, settings, tail_config(*hardware)
             )
@@ -98,7 +106,7 @@ def backward(
         )
         key_gradients(
             dk, dv, grad_out, q, k, v, index, rows, means.n, dk_bar, dv_bar, correction, real, order, settings,
-            keys_config(*hardware),
+            keys_config(dim, q.element_size(), q.device),
         )  # fmt: skip
     return dq, dk, dv, d_logit, d_gain
 
@@ -113,26 +121,26 @@ def _linear_tail(
     v: Tensor,
     real: Tensor | None,
     order: Tensor | None,
-    means: Means,
+    means: Statistics,
     rows: Rows,
     index: InverseIndex,
     settings: Settings,
     config: LinearConfig,
 ) -> Tensor:
     """Write the linear tail's part of dq, dk, dv; return what K smoothing subtracts from dk, (B, G, D)."""
-    assert means.k_mean is not None
-    (batch, key_heads, kv_len, dim), blocks = k.shape, index.bits.shape[1]
+    assert means.center is not None
+    (batch, _, kv_len, dim), blocks = k.shape, index.bits.shape[1]
     # Powers of two that bring H, a sum over all tokens, and its gradient to the size of v and dO: fp16 needs it.
     factor = 2.0 ** -max(0, round(math.log2(kv_len / dim) / 2))
-    h, z = key_block_states(k, v, means.k_mean, real, order, factor, settings, config)
-    mask = tail_mask(index.bits, means.n, factor, q.dtype).view(batch * key_heads, -1, h.shape[1])  # (B G, H / G M, T)
-    state = (mask @ h.flatten(2)).view(-1, blocks, dim, dim)
-    normalizer = (mask.float() @ z).view(-1, blocks, dim)
-    del h
-    d_state, d_normalizer = linear_query_gradients(dq, grad_out, q, state, normalizer, rows, order, settings, config)
-    del state
+    state_config = states_config(dim, k.element_size(), shared_memory(k.device))
+    states = key_block_states(k, v, means.center, real, order, factor, settings, state_config)
+    bits = index.bits.view(batch, -1, blocks, index.bits.shape[2])
+    mask = tail_mask(bits, means.n, factor, k.shape[1], q.dtype)  # (B G, H / G M, T)
+    states = tail_states(mask, states).view(-1, blocks, dim + 1, dim)
+    d_state, d_normalizer = linear_query_gradients(dq, grad_out, q, states, rows, order, settings, config, state_config)
+    del states
     # H came with factor twice, dh goes with it once more.
     dh = (mask.mT @ d_state.view(*mask.shape[:2], -1)).unflatten(2, (dim, dim))
     dz = mask.float().mT @ d_normalizer.view(*mask.shape[:2], -1)
-    dk_sum = linear_key_gradients(dk, dv, k, v, means.k_mean, real, order, dh, dz, factor, settings, config)
+    dk_sum = linear_key_gradients(dk, dv, k, v, means.center, real, order, dh, dz, factor, settings, config)
     return dk_sum / means.n.sum(1).clamp(min=1)[:, None, None]

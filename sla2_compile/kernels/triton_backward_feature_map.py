@@ -1,4 +1,4 @@
-"""phi of the linear tail and its gradient, in float32; see `reference.feature_map`."""
+"""phi of the linear tail and its gradient, in float32; see `reference.feature_map`. And weights that fit float16."""
 
 from __future__ import annotations
 
@@ -29,3 +29,14 @@ def feature_map_gradient(x, phi, grad, NAME: tl.constexpr):
         return grad * tl.where(x > 0, 1.0, tl.exp(tl.minimum(x, 0.0)))
     else:
         return tl.where(x > 0, grad, 0.0)
+
+
+@triton.jit
+def to_finite(x, dtype: tl.constexpr):
+    """`x` in a 16-bit dtype; float16's largest number where it is larger.
+
+    A row of the linear tail divides by phi(q) . Z, which is next to nothing where no key of the tail is near the query.
+    """
+    if dtype == tl.float16:
+        x = tl.minimum(tl.maximum(x, -65504.0), 65504.0)
+    return x.to(dtype)

@@ -14,8 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sla2_compile.kernels.hardware import capability, shared_memory
+from sla2_compile.kernels.launch_arguments import MAX_REGISTERS, next_power_of_two, padded_dim, token_strides
 from sla2_compile.kernels.settings import Settings
-from sla2_compile.kernels.triton_backward_loads import is_real, load_rows, load_tile, store_tile, token_of
+from sla2_compile.kernels.triton_backward_loads import in_elements, is_real, load_rows, load_tile, store_tile, token_of
 from sla2_compile.kernels.triton_backward_rows import LOG2_E, Rows
 from sla2_compile.kernels.triton_inverse_index import InverseIndex
 
@@ -28,15 +30,19 @@ class KeysConfig:
     num_stages: int
 
 
-def keys_config(dim: int, itemsize: int, shared_memory: int) -> KeysConfig:
-    """For a head dim and a GPU with so many bytes of shared memory per program."""
-    large = shared_memory >= 200 * 1024
+def keys_config(dim: int, itemsize: int, device: torch.device) -> KeysConfig:
+    """For a head dim on a GPU: the largest tiles that no variant of the kernel spills with."""
+    large = shared_memory(device) >= 200 * 1024
+    # Hopper's matmuls leave the registers that four warps need.
+    warps = 4 if large and capability(device)[0] < 10 else 8
     if itemsize == 4:
         return KeysConfig(32, 32, 8, 1) if dim <= 128 else KeysConfig(16, 16, 8, 1)
-    if dim <= 64 or (dim == 128 and large):
+    if dim <= 64:
         return KeysConfig(64, 64, 4, 2)
+    if dim == 128 and large:
+        return KeysConfig(64, 64, warps, 2)
     if dim <= 128:
-        return KeysConfig(64, 32, 4, 3) if large else KeysConfig(64, 32, 4, 2)
+        return KeysConfig(64, 32, warps, 3 if large else 2)
     return KeysConfig(64, 32, 8, 2) if large else KeysConfig(32, 32, 4, 1)
 
 
@@ -67,6 +73,33 @@ def _finish(
 
 
 @triton.jit
+def _finish_block(
+    dk, dv, kv_row, first, real_ptr, order_ptr, n_ptr, dk_bar_ptr, dv_bar_ptr, correction_ptr, dk_ptr, dv_ptr, real_sb,
+    mean_split_stride, G, N_KV, T, splits, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+):  # fmt: skip
+    """Finish dk and dv (KEYS, D) of the keys from the `first` on of key block number `kv_row`, int64."""
+    kv_head, j = kv_row // T, (kv_row % T).to(tl.int32)
+    b = kv_head // G
+    if real_ptr is not None:
+        real_ptr += b * real_sb
+    position = j * BLOCK_K + first + tl.arange(0, KEYS)
+    token = token_of(order_ptr, position, N_KV)
+    real = is_real(real_ptr, token, position, N_KV)
+    n = tl.load(n_ptr + b * T + j)
+    exists = position < N_KV
+    _finish(
+        dv, 1.0, dv_ptr, dv_bar_ptr, None, kv_head, kv_row, token, real, exists, n, G, N_KV,
+        mean_split_stride, splits, D, BLOCK_D, SPLITS, ACCUMULATE,
+    )  # fmt: skip
+    _finish(
+        dk, scale, dk_ptr, dk_bar_ptr, correction_ptr, kv_head, kv_row, token, real, exists, n, G, N_KV,
+        mean_split_stride, splits, D, BLOCK_D, SPLITS, ACCUMULATE,
+    )  # fmt: skip
+
+
+@triton.jit
 def _keys_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, real_ptr, order_ptr, lse_ptr, offset_ptr, cap_ptr, n_ptr, dk_bar_ptr, dv_bar_ptr,
     count_ptr, start_ptr, lists_ptr, first_part_ptr, part_key_ptr, correction_ptr, partial_ptr, dk_ptr, dv_ptr,
@@ -74,13 +107,17 @@ def _keys_kernel(
     partial_size, H, N, N_KV, M, T, key_heads, capacity, max_parts, part_length, splits, scale,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr, ACCUMULATE: tl.constexpr, CAP: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Grid (B G (max_parts + T) BLOCK_K / KEYS,), parts of long lists first.
 
     Scores and their gradients are (KEYS, ROWS), so that neither goes through memory on its way into the next matmul.
     dk_bar_ptr, dv_bar_ptr, correction_ptr may be None.
     """
+    q_sb, q_sh, q_sn = in_elements((q_sb, q_sh, q_sn), UNIT)
+    k_sb, k_sh, k_sn = in_elements((k_sb, k_sh, k_sn), UNIT)
+    v_sb, v_sh, v_sn = in_elements((v_sb, v_sh, v_sn), UNIT)
+    grad_sb, grad_sh, grad_sn = in_elements((grad_sb, grad_sh, grad_sn), UNIT)
     ROW_PARTS: tl.constexpr = BLOCK_Q // ROWS
     KEY_PARTS: tl.constexpr = BLOCK_K // KEYS
     item = tl.program_id(0) // KEY_PARTS
@@ -109,8 +146,6 @@ def _keys_kernel(
     q_ptr += b * q_sb + g * GROUP * q_sh
     grad_ptr += b * grad_sb + g * GROUP * grad_sh
     lists_ptr += kv_head * capacity + first
-    if real_ptr is not None:
-        real_ptr += b * real_sb
     statistics = (b * H + g * GROUP) * M * BLOCK_Q
     lse_ptr += statistics
     offset_ptr += statistics
@@ -119,7 +154,7 @@ def _keys_kernel(
     in_block = tl.program_id(0) % KEY_PARTS * KEYS + tl.arange(0, KEYS)
     key_position = j * BLOCK_K + in_block
     key_token = token_of(order_ptr, key_position, N_KV)
-    real = is_real(real_ptr, key_token, key_position, N_KV)
+    real = is_real(real_ptr if real_ptr is None else real_ptr + b * real_sb, key_token, key_position, N_KV)
     k = load_tile(k_ptr, key_token, real, k_sn, D, BLOCK_D)
     v = load_tile(v_ptr, key_token, real, v_sn, D, BLOCK_D)
     dk = tl.zeros([KEYS, BLOCK_D], tl.float32)
@@ -128,13 +163,14 @@ def _keys_kernel(
     # The next step's query block is read one step ahead, since the addresses of its rows wait for it.
     entry = tl.load(lists_ptr, mask=count > 0, other=0)
     for i in tl.range(0, count * ROW_PARTS, num_stages=STAGES):
-        in_group = (entry // M).to(tl.int64) if GROUP > 1 else 0
-        m = entry % M if GROUP > 1 else entry
+        this = entry
+        in_group = (this // M).to(tl.int64) if GROUP > 1 else 0
+        m = this % M if GROUP > 1 else this
         position = m * BLOCK_Q + i % ROW_PARTS * ROWS
         ahead = (i + 1) // ROW_PARTS
         entry = tl.load(lists_ptr + ahead, mask=ahead < count, other=0)
         # Rows past the last have an infinite lse, and so no probability.
-        row = in_group * M * BLOCK_Q + position + tl.arange(0, ROWS)
+        row = this * BLOCK_Q + i % ROW_PARTS * ROWS + tl.arange(0, ROWS)
         lse = tl.load(lse_ptr + row)
         q = load_rows(q_ptr + in_group * q_sh, order_ptr, position, N, q_sn, ROWS, D, BLOCK_D)
         grad = load_rows(grad_ptr + in_group * grad_sh, order_ptr, position, N, grad_sn, ROWS, D, BLOCK_D)
@@ -149,22 +185,17 @@ def _keys_kernel(
         d_scores = probs * (d_probs - offset[None, :])
         dk = tl.dot(d_scores.to(q.dtype), q, dk, input_precision=PRECISION)
 
+    # Where the results go follows from the program's number alone: nothing of it is held during the loop.
     if is_part:
-        partial = ((kv_head * max_parts + part) * BLOCK_K + in_block) * D
         d = tl.arange(0, BLOCK_D)
-        ptrs = partial_ptr + partial[:, None] + d[None, :]
+        ptrs = partial_ptr + (item.to(tl.int64) * BLOCK_K + in_block)[:, None] * D + d[None, :]
         tl.store(ptrs, dk, mask=(d < D)[None, :])
         tl.store(ptrs + partial_size, dv, mask=(d < D)[None, :])
     else:
-        n = tl.load(n_ptr + b * T + j)
-        exists = key_position < N_KV
-        _finish(
-            dv, 1.0, dv_ptr, dv_bar_ptr, None, kv_head, kv_row, key_token, real, exists, n, G, N_KV,
-            mean_split_stride, splits, D, BLOCK_D, SPLITS, ACCUMULATE,
-        )  # fmt: skip
-        _finish(
-            dk, scale, dk_ptr, dk_bar_ptr, correction_ptr, kv_head, kv_row, key_token, real, exists, n, G, N_KV,
-            mean_split_stride, splits, D, BLOCK_D, SPLITS, ACCUMULATE,
+        _finish_block(
+            dk, dv, (item - key_heads * max_parts).to(tl.int64), tl.program_id(0) % KEY_PARTS * KEYS, real_ptr,
+            order_ptr, n_ptr, dk_bar_ptr, dv_bar_ptr, correction_ptr, dk_ptr, dv_ptr, real_sb, mean_split_stride,
+            G, N_KV, T, splits, scale, D, BLOCK_D, BLOCK_K, KEYS, SPLITS, ACCUMULATE,
         )  # fmt: skip
 
 
@@ -180,15 +211,8 @@ def _parts_kernel(
     count = tl.load(count_ptr + kv_row)
     if count < 2 * part_length:
         return
-    kv_head, j = kv_row // T, (kv_row % T).to(tl.int32)
-    b = kv_head // G
-    if real_ptr is not None:
-        real_ptr += b * real_sb
     in_block = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
-    position = j * BLOCK_K + in_block
-    token = token_of(order_ptr, position, N_KV)
-    real = is_real(real_ptr, token, position, N_KV)
-    first = kv_head * max_parts + tl.load(first_part_ptr + kv_row)
+    first = kv_row // T * max_parts + tl.load(first_part_ptr + kv_row)
     d = tl.arange(0, BLOCK_D)
     dk = tl.zeros([KEYS, BLOCK_D], tl.float32)
     dv = tl.zeros([KEYS, BLOCK_D], tl.float32)
@@ -196,15 +220,10 @@ def _parts_kernel(
         ptrs = partial_ptr + (((first + part) * BLOCK_K + in_block) * D)[:, None] + d[None, :]
         dk += tl.load(ptrs, mask=(d < D)[None, :], other=0.0)
         dv += tl.load(ptrs + partial_size, mask=(d < D)[None, :], other=0.0)
-    n = tl.load(n_ptr + b * T + j)
-    exists = position < N_KV
-    _finish(
-        dv, 1.0, dv_ptr, dv_bar_ptr, None, kv_head, kv_row, token, real, exists, n, G, N_KV,
-        mean_split_stride, splits, D, BLOCK_D, SPLITS, ACCUMULATE,
-    )  # fmt: skip
-    _finish(
-        dk, scale, dk_ptr, dk_bar_ptr, correction_ptr, kv_head, kv_row, token, real, exists, n, G, N_KV,
-        mean_split_stride, splits, D, BLOCK_D, SPLITS, ACCUMULATE,
+    _finish_block(
+        dk, dv, kv_row, tl.program_id(1) * KEYS, real_ptr, order_ptr, n_ptr, dk_bar_ptr, dv_bar_ptr, correction_ptr,
+        dk_ptr, dv_ptr, real_sb, mean_split_stride, G, N_KV, T, splits, scale,
+        D, BLOCK_D, BLOCK_K, KEYS, SPLITS, ACCUMULATE,
     )  # fmt: skip
 
 
@@ -239,22 +258,24 @@ def key_gradients(
     splits = 1 if dk_bar is None else dk_bar.shape[0]
     shared = {
         "D": dim,
-        "BLOCK_D": max(16, triton.next_power_of_2(dim)),
+        "BLOCK_D": padded_dim(dim),
         "BLOCK_K": settings.block_k,
-        "SPLITS": triton.next_power_of_2(splits),
+        "SPLITS": next_power_of_two(splits),
         "ACCUMULATE": correction is not None,
+        "maxnreg": MAX_REGISTERS,
     }
     real_stride, split_stride = 0 if real is None else real.stride(0), 0 if dk_bar is None else dk_bar.stride(0)
     sizes = (max_parts, index.part_length, splits, settings.scale)
     strides = (real_stride, split_stride, partial.stride(0))
+    unit, token = token_strides(q, k, v, grad_out)
     _keys_kernel[batch * key_heads * (max_parts + T) * key_parts,](
         q, k, v, grad_out, real, order, rows.sparse_lse, rows.offset, rows.sparse_cap, n, dk_bar, dv_bar,
         index.count, index.start, index.lists, index.first_part, index.part_key, correction, partial, dk, dv,
-        *(s for x in (q, k, v, grad_out) for s in x.stride()[:3]), *strides,
+        *token, *strides,
         heads, q_len, kv_len, index.bits.shape[1], T, batch * key_heads, index.lists.shape[1], *sizes,
         GROUP=heads // key_heads, BLOCK_Q=settings.block_q, ROWS=min(config.rows, settings.block_q), KEYS=key_size,
         CAP=settings.qk_format is not None, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        STAGES=config.num_stages, num_warps=config.num_warps, **shared,
+        STAGES=config.num_stages, UNIT=unit, num_warps=config.num_warps, **shared,
     )  # fmt: skip
     if heads // key_heads * index.bits.shape[1] < 2 * index.part_length:
         return  # no list can be as long as that

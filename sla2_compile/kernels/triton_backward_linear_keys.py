@@ -1,6 +1,6 @@
 """The linear tail on the side of the keys: h_j, z_j of each key block, and dk, dv from their gradients.
 
-h_j = phi(k_j)^T v_j,  z_j = sum phi(k_j),    dphi(k) = v dh^T + dz,  dv = phi(k) dh
+h_j = phi(k_j)^T v_j,  z_j = sum phi(k_j),  one matrix of D + 1 rows,    dphi(k) = v dh^T + dz,  dv = phi(k) dh
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sla2_compile.kernels.blocks import num_blocks
+from sla2_compile.kernels.launch_arguments import MAX_REGISTERS, padded_dim, token_strides
 from sla2_compile.kernels.settings import Settings
 from sla2_compile.kernels.triton_backward_feature_map import feature_map, feature_map_gradient
-from sla2_compile.kernels.triton_backward_loads import is_real, load_tile, store_tile, token_of
+from sla2_compile.kernels.triton_backward_loads import in_elements, is_real, load_tile, store_tile, token_of
 
 
 @dataclass(frozen=True)
@@ -33,19 +35,28 @@ def linear_config(dim: int, itemsize: int, shared_memory: int) -> LinearConfig:
     if itemsize == 4:
         return LinearConfig(16, 32, 8) if dim <= 128 else LinearConfig(16, 16, 8)
     if dim <= 128:
-        return LinearConfig(64, 64, 8) if large else LinearConfig(64, 32, 8)
+        return LinearConfig(64 if large else 32, 64, 8)
     return LinearConfig(64, 32, 8) if large else LinearConfig(16, 32, 8)
+
+
+def states_config(dim: int, itemsize: int, shared_memory: int) -> LinearConfig:
+    """For the kernel that makes the key blocks' states, as above."""
+    if dim == 128 and itemsize == 2 and shared_memory >= 200 * 1024:
+        # All of v at once measures fastest: phi is made once.
+        return LinearConfig(64, 128, 8)
+    return linear_config(dim, itemsize, shared_memory)
 
 
 def linear_constants(x: Tensor, config: LinearConfig, settings: Settings) -> dict[str, Any]:
     """What all of the linear tail's kernels are compiled for; `x` is one of the inputs."""
-    block_d = max(16, triton.next_power_of_2(x.shape[3]))
+    block_d = padded_dim(x.shape[3])
     return {
         "D": x.shape[3],
         "BLOCK_D": block_d,
         "VALUES": min(config.values, block_d),
         "MAP": settings.feature_map,
         "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
+        "maxnreg": MAX_REGISTERS,
     }
 
 
@@ -58,11 +69,13 @@ def _smoothed_keys(k_ptr, k_mean_ptr, token, real, k_sn, D: tl.constexpr, BLOCK_
 
 @triton.jit
 def _state_kernel(
-    k_ptr, v_ptr, k_mean_ptr, real_ptr, order_ptr, h_ptr, z_ptr, k_sb, k_sh, k_sn, v_sb, v_sh, v_sn, real_sb,
+    k_ptr, v_ptr, k_mean_ptr, real_ptr, order_ptr, states_ptr, k_sb, k_sh, k_sn, v_sb, v_sh, v_sn, real_sb,
     G, N_KV, T, factor, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, KEYS: tl.constexpr,
-    VALUES: tl.constexpr, MAP: tl.constexpr, PRECISION: tl.constexpr,
+    VALUES: tl.constexpr, MAP: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B G T, D / VALUES): h_j (D, VALUES) and, once, z_j, both times `factor`."""
+    """Grid (B G T, D / VALUES): h_j (D, VALUES) and, once, z_j below it, both times `factor`."""
+    k_sb, k_sh, k_sn = in_elements((k_sb, k_sh, k_sn), UNIT)
+    v_sb, v_sh, v_sn = in_elements((v_sb, v_sh, v_sn), UNIT)
     row = tl.program_id(0).to(tl.int64)
     kv_head, j = row // T, (row % T).to(tl.int32)
     b, g = kv_head // G, kv_head % G
@@ -81,10 +94,12 @@ def _state_kernel(
         v = tl.load(v_ptrs, mask=real[:, None] & (e < D)[None, :], other=0.0)
         state = tl.dot(tl.trans(phi.to(v.dtype)), v, state, input_precision=PRECISION)
         normalizer += tl.sum(phi, 0)
-    ptrs = h_ptr + row * D * D + d[:, None] * D + e[None, :]
-    tl.store(ptrs, (state * factor).to(h_ptr.dtype.element_ty), mask=(d < D)[:, None] & (e < D)[None, :])
+    states_ptr += row * (D + 1) * D
+    element: tl.constexpr = states_ptr.dtype.element_ty
+    ptrs = states_ptr + d[:, None] * D + e[None, :]
+    tl.store(ptrs, (state * factor).to(element), mask=(d < D)[:, None] & (e < D)[None, :])
     if tl.program_id(1) == 0:
-        tl.store(z_ptr + row * D + d, normalizer * factor, mask=d < D)
+        tl.store(states_ptr + D * D + d, (normalizer * factor).to(element), mask=d < D)
 
 
 @triton.jit
@@ -92,9 +107,11 @@ def _gradient_kernel(
     k_ptr, v_ptr, k_mean_ptr, real_ptr, order_ptr, dh_ptr, dz_ptr, dk_ptr, dv_ptr, dk_sum_ptr,
     k_sb, k_sh, k_sn, v_sb, v_sh, v_sn, real_sb, G, N_KV, T, factor,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
-    MAP: tl.constexpr, PRECISION: tl.constexpr,
+    MAP: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Grid (B G T,): dk, dv and the sum of dk over the block; dh, dz come divided by `factor`."""
+    k_sb, k_sh, k_sn = in_elements((k_sb, k_sh, k_sn), UNIT)
+    v_sb, v_sh, v_sn = in_elements((v_sb, v_sh, v_sn), UNIT)
     row = tl.program_id(0).to(tl.int64)
     kv_head, j = row // T, (row % T).to(tl.int32)
     b, g = kv_head // G, kv_head % G
@@ -121,6 +138,9 @@ def _gradient_kernel(
             dv = tl.dot(phi.to(dh.dtype), dh, input_precision=PRECISION) * factor
             dv_ptrs = dv_ptr + ((b * N_KV * G + g) + token[:, None] * G) * D + (first + e)[None, :]
             tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=exists[:, None] & inside)
+        if MAP != "softmax":
+            # Read again rather than held.
+            k = _smoothed_keys(k_ptr + b * k_sb + g * k_sh, k_mean_ptr + kv_head * D, token, real, k_sn, D, BLOCK_D)
         dk = feature_map_gradient(k, phi, d_phi * factor, MAP)
         dk = tl.where(real[:, None], dk, 0.0)
         dk_sum += tl.sum(dk, 0)
@@ -137,17 +157,17 @@ def key_block_states(
     factor: float,
     settings: Settings,
     config: LinearConfig,
-) -> tuple[Tensor, Tensor]:
-    """h (B G, T, D, D) in k's dtype and z (B G, T, D) float32, both times `factor`."""
-    (batch, heads, kv_len, dim), T = k.shape, triton.cdiv(k.shape[2], settings.block_k)
-    h, z = k.new_empty(batch * heads, T, dim, dim), k.new_empty(batch * heads, T, dim, dtype=torch.float32)
-    constants = linear_constants(k, config, settings)
-    _state_kernel[batch * heads * T, triton.cdiv(dim, constants["VALUES"])](
-        k, v, k_mean, real, order, h, z, *k.stride()[:3], *v.stride()[:3], 0 if real is None else real.stride(0),
+) -> Tensor:
+    """h_j and below it z_j, both times `factor`: (B G, T, D + 1, D) in k's dtype."""
+    (batch, heads, kv_len, dim), T = k.shape, num_blocks(k.shape[2], settings.block_k)
+    states = k.new_empty(batch * heads, T, dim + 1, dim)
+    constants, (unit, strides) = linear_constants(k, config, settings), token_strides(k, v)
+    _state_kernel[batch * heads * T, num_blocks(dim, constants["VALUES"])](
+        k, v, k_mean, real, order, states, *strides, 0 if real is None else real.stride(0),
         heads, kv_len, T, factor, BLOCK_K=settings.block_k, KEYS=min(config.rows, settings.block_k),
-        num_warps=config.num_warps, **constants,
+        UNIT=unit, num_warps=config.num_warps, **constants,
     )  # fmt: skip
-    return h, z
+    return states
 
 
 def linear_key_gradients(
@@ -169,10 +189,11 @@ def linear_key_gradients(
     dh (B G, T, D, D) and dz (B G, T, D) come divided by `factor`.
     """
     (batch, heads, kv_len, dim), T = k.shape, dh.shape[1]
-    dk_sum = k.new_empty(batch, heads, T, dim, dtype=torch.float32)
+    dk_sum, (unit, strides) = k.new_empty(batch, heads, T, dim, dtype=torch.float32), token_strides(k, v)
     _gradient_kernel[batch * heads * T,](
-        k, v, k_mean, real, order, dh, dz, dk, dv, dk_sum, *k.stride()[:3], *v.stride()[:3],
+        k, v, k_mean, real, order, dh, dz, dk, dv, dk_sum, *strides,
         0 if real is None else real.stride(0), heads, kv_len, T, factor, BLOCK_K=settings.block_k,
-        KEYS=min(config.rows, settings.block_k), num_warps=config.num_warps, **linear_constants(k, config, settings),
+        KEYS=min(config.rows, settings.block_k), UNIT=unit, num_warps=config.num_warps,
+        **linear_constants(k, config, settings),
     )  # fmt: skip
     return dk_sum.sum(2)

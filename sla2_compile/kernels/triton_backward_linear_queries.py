@@ -10,15 +10,19 @@ With w = phi(q) . Z and (1 - a) dO . O_l = dO . O - a dO . O_s (`linear_product`
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from sla2_compile.kernels.blocks import num_blocks
+from sla2_compile.kernels.launch_arguments import token_strides
 from sla2_compile.kernels.settings import Settings
-from sla2_compile.kernels.triton_backward_feature_map import feature_map, feature_map_gradient
+from sla2_compile.kernels.triton_backward_feature_map import feature_map, feature_map_gradient, to_finite
 from sla2_compile.kernels.triton_backward_linear_keys import LinearConfig, linear_constants
-from sla2_compile.kernels.triton_backward_loads import load_tile, store_tile, token_of
+from sla2_compile.kernels.triton_backward_loads import in_elements, load_tile, store_tile, token_of
 from sla2_compile.kernels.triton_backward_rows import Rows
 
 
@@ -27,19 +31,21 @@ def _phi_and_normalizer(q, z_ptr, D: tl.constexpr, BLOCK_D: tl.constexpr, MAP: t
     """phi(q), Z, and 1 / w where w > 0, else 0."""
     d = tl.arange(0, BLOCK_D)
     phi = feature_map(q.to(tl.float32), D, BLOCK_D, MAP)
-    z = tl.load(z_ptr + d, mask=d < D, other=0.0)
+    z = tl.load(z_ptr + d, mask=d < D, other=0.0).to(tl.float32)
     w = tl.sum(phi * z[None, :], 1)
     return phi, z, tl.where(w > 0, 1 / tl.where(w > 0, w, 1.0), 0.0)
 
 
 @triton.jit
 def _query_kernel(
-    q_ptr, grad_ptr, order_ptr, h_ptr, z_ptr, weight_ptr, product_ptr, dq_ptr,
+    q_ptr, grad_ptr, order_ptr, states_ptr, weight_ptr, product_ptr, dq_ptr,
     q_sb, q_sh, q_sn, grad_sb, grad_sh, grad_sn, H, N, M,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, ROWS: tl.constexpr, VALUES: tl.constexpr,
-    MAP: tl.constexpr, PRECISION: tl.constexpr,
+    MAP: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Grid (B H M BLOCK_Q / ROWS,): dq."""
+    q_sb, q_sh, q_sn = in_elements((q_sb, q_sh, q_sn), UNIT)
+    grad_sb, grad_sh, grad_sn = in_elements((grad_sb, grad_sh, grad_sn), UNIT)
     PARTS: tl.constexpr = BLOCK_Q // ROWS
     row = (tl.program_id(0) // PARTS).to(tl.int64)
     head, m = row // M, (row % M).to(tl.int32)
@@ -48,7 +54,8 @@ def _query_kernel(
     exists = position < N
     token = token_of(order_ptr, position, N)
     q = load_tile(q_ptr + b * q_sb + h * q_sh, token, exists, q_sn, D, BLOCK_D)
-    phi, z, inverse = _phi_and_normalizer(q, z_ptr + row * D, D, BLOCK_D, MAP)
+    states_ptr += row * (D + 1) * D
+    phi, z, inverse = _phi_and_normalizer(q, states_ptr + D * D, D, BLOCK_D, MAP)
     weight = tl.load(weight_ptr + head * M * BLOCK_Q + position) * inverse
     product = tl.load(product_ptr + head * M * BLOCK_Q + position) * inverse
     grad_ptr += b * grad_sb + h * grad_sh
@@ -58,9 +65,9 @@ def _query_kernel(
         inside = (first + e < D)[None, :]
         grad_ptrs = grad_ptr + token[:, None] * grad_sn + (first + e)[None, :]
         grad = tl.load(grad_ptrs, mask=exists[:, None] & inside, other=0.0)
-        h_ptrs = h_ptr + row * D * D + d[:, None] * D + (first + e)[None, :]
+        h_ptrs = states_ptr + d[:, None] * D + (first + e)[None, :]
         state = tl.load(h_ptrs, mask=(d < D)[:, None] & inside, other=0.0)
-        d_numerator = (weight[:, None] * grad.to(tl.float32)).to(state.dtype)
+        d_numerator = to_finite(weight[:, None] * grad.to(tl.float32), state.dtype)
         d_phi = tl.dot(d_numerator, tl.trans(state), d_phi, input_precision=PRECISION)
     dq = feature_map_gradient(q.to(tl.float32), phi, d_phi, MAP)
     store_tile(dq_ptr + (b * N * H + h) * D, token, exists, H * D, dq, D, BLOCK_D)
@@ -68,12 +75,14 @@ def _query_kernel(
 
 @triton.jit
 def _state_kernel(
-    q_ptr, grad_ptr, order_ptr, z_ptr, weight_ptr, product_ptr, dh_ptr, dz_ptr,
+    q_ptr, grad_ptr, order_ptr, states_ptr, weight_ptr, product_ptr, dh_ptr, dz_ptr,
     q_sb, q_sh, q_sn, grad_sb, grad_sh, grad_sn, H, N, M,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, ROWS: tl.constexpr, VALUES: tl.constexpr,
-    MAP: tl.constexpr, PRECISION: tl.constexpr,
+    MAP: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Grid (B H M, D / VALUES): dH (D, VALUES) and, once, dZ."""
+    q_sb, q_sh, q_sn = in_elements((q_sb, q_sh, q_sn), UNIT)
+    grad_sb, grad_sh, grad_sn = in_elements((grad_sb, grad_sh, grad_sn), UNIT)
     row = tl.program_id(0).to(tl.int64)
     head, m = row // M, (row % M).to(tl.int32)
     b, h = head // H, head % H
@@ -85,12 +94,12 @@ def _state_kernel(
         exists = position < N
         token = token_of(order_ptr, position, N)
         q = load_tile(q_ptr + b * q_sb + h * q_sh, token, exists, q_sn, D, BLOCK_D)
-        phi, _, inverse = _phi_and_normalizer(q, z_ptr + row * D, D, BLOCK_D, MAP)
+        phi, _, inverse = _phi_and_normalizer(q, states_ptr + row * (D + 1) * D + D * D, D, BLOCK_D, MAP)
         weight = tl.load(weight_ptr + head * M * BLOCK_Q + position) * inverse
         product = tl.load(product_ptr + head * M * BLOCK_Q + position) * inverse
         grad_ptrs = grad_ptr + b * grad_sb + h * grad_sh + token[:, None] * grad_sn + e[None, :]
         grad = tl.load(grad_ptrs, mask=exists[:, None] & (e < D)[None, :], other=0.0)
-        d_numerator = (weight[:, None] * grad.to(tl.float32)).to(q.dtype)
+        d_numerator = to_finite(weight[:, None] * grad.to(tl.float32), q.dtype)
         dh = tl.dot(tl.trans(phi.to(q.dtype)), d_numerator, dh, input_precision=PRECISION)
         dz -= tl.sum(phi * product[:, None], 0)
     dh_ptrs = dh_ptr + row * D * D + d[:, None] * D + e[None, :]
@@ -103,44 +112,40 @@ def linear_query_gradients(
     dq: Tensor,
     grad_out: Tensor,
     q: Tensor,
-    state: Tensor,
-    normalizer: Tensor,
+    states: Tensor,
     rows: Rows,
     order: Tensor | None,
     settings: Settings,
     config: LinearConfig,
+    state_config: LinearConfig,
 ) -> tuple[Tensor, Tensor]:
     """Write dq's linear part; return dH (B H, M, D, D) in q's dtype and dZ (B H, M, D) float32.
 
     Args:
         dq: (B, H, N, D) contiguous, written.
         grad_out, q: (B, H, N, D), the last stride 1.
-        state: (B H, M, D, D) H of each query block, in q's dtype.
-        normalizer: (B H, M, D) float32 Z.
+        states: (B H, M, D + 1, D) H of each query block and below it Z, in q's dtype.
         rows: the rows' statistics.
         order: (N,) int32 visiting order, or None.
         settings: the op's.
-        config: tile sizes.
+        config, state_config: tile sizes for dq, and for the states' gradients.
     """
-    (batch, heads, q_len, dim), blocks = q.shape, state.shape[1]
-    d_state, d_normalizer = torch.empty_like(state), torch.empty_like(normalizer)
-    row_size = min(config.rows, settings.block_q)
-    constants = {"BLOCK_Q": settings.block_q, "ROWS": row_size, **linear_constants(q, config, settings)}
-    inputs = (*q.stride()[:3], *grad_out.stride()[:3], heads, q_len, blocks)
+    (batch, heads, q_len, dim), blocks = q.shape, states.shape[1]
+    d_state = states.new_empty(batch * heads, blocks, dim, dim)
+    d_normalizer = states.new_empty(batch * heads, blocks, dim, dtype=torch.float32)
+    unit, strides = token_strides(q, grad_out)
+    inputs = (*strides, heads, q_len, blocks)
     weights = (rows.linear_weight, rows.linear_product)
-    _query_kernel[batch * heads * blocks * (settings.block_q // row_size),](
-        q, grad_out, order, state, normalizer, *weights, dq, *inputs, num_warps=config.num_warps, **constants
+
+    def constants(config: LinearConfig) -> dict[str, Any]:
+        sizes = {"BLOCK_Q": settings.block_q, "ROWS": min(config.rows, settings.block_q)}
+        return {**sizes, **linear_constants(q, config, settings), "UNIT": unit, "num_warps": config.num_warps}
+
+    for_queries, for_states = constants(config), constants(state_config)
+    _query_kernel[batch * heads * blocks * (settings.block_q // for_queries["ROWS"]),](
+        q, grad_out, order, states, *weights, dq, *inputs, **for_queries
     )
-    _state_kernel[batch * heads * blocks, triton.cdiv(dim, constants["VALUES"])](
-        q,
-        grad_out,
-        order,
-        normalizer,
-        *weights,
-        d_state,
-        d_normalizer,
-        *inputs,
-        num_warps=config.num_warps,
-        **constants,
+    _state_kernel[batch * heads * blocks, num_blocks(dim, for_states["VALUES"])](
+        q, grad_out, order, states, *weights, d_state, d_normalizer, *inputs, **for_states
     )
     return d_state, d_normalizer

@@ -8,6 +8,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Part of the head dimension that a step of a float32 product takes.
+FLOAT32_CHUNK = tl.constexpr(16)
+
+
+@triton.jit
+def in_elements(strides, UNIT: tl.constexpr):
+    """Strides along B, H and N that came in units of elements (`launch_arguments.token_strides`).
+
+    The multiplication is what tells the compiler how wide a load may be.
+    """
+    if UNIT == 1:
+        return strides[0], strides[1], strides[2]
+    else:
+        wide = tl.int64
+        return tl.cast(strides[0], wide) * UNIT, tl.cast(strides[1], wide) * UNIT, tl.cast(strides[2], wide) * UNIT
+
 
 @triton.jit
 def token_of(order_ptr, position, length):
@@ -55,3 +71,19 @@ def store_tile(ptr, token, mask, stride, value, D: tl.constexpr, BLOCK_D: tl.con
     d = tl.arange(0, BLOCK_D)
     ptrs = ptr + token[:, None] * stride + d[None, :]
     tl.store(ptrs, value.to(ptr.dtype.element_ty), mask=mask[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def scores_in_float32(
+    q_ptr, q_token, exists, q_sn, k_ptr, k_token, inside, k_sn, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """q k^T of float32 tiles, a part of the head dimension at a time: whole ones do not fit into registers."""
+    scores = tl.zeros([ROWS, KEYS], tl.float32)
+    for first in tl.range(0, BLOCK_D, CHUNK, num_stages=1):
+        d = first + tl.arange(0, CHUNK)
+        q_mask, k_mask = exists[:, None] & (d < D)[None, :], inside[None, :] & (d < D)[:, None]
+        q = tl.load(q_ptr + q_token[:, None] * q_sn + d[None, :], mask=q_mask, other=0.0)
+        k = tl.load(k_ptr + k_token[None, :] * k_sn + d[:, None], mask=k_mask, other=0.0)
+        scores = tl.dot(q, k, scores, input_precision="ieee")
+    return scores

@@ -12,10 +12,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sla2_compile.kernels.launch_arguments import MAX_REGISTERS, padded_dim, token_strides
 from sla2_compile.kernels.settings import Settings
-from sla2_compile.kernels.triton_backward_loads import is_real, load_tile, store_tile, token_of
-from sla2_compile.kernels.triton_backward_means import Means
+from sla2_compile.kernels.triton_backward_loads import (
+    FLOAT32_CHUNK,
+    in_elements,
+    is_real,
+    load_tile,
+    scores_in_float32,
+    store_tile,
+    token_of,
+)
 from sla2_compile.kernels.triton_backward_rows import LOG2_E, Rows
+from sla2_compile.kernels.triton_statistics import Statistics
 
 
 @dataclass(frozen=True)
@@ -30,7 +39,7 @@ def queries_config(dim: int, itemsize: int, shared_memory: int) -> QueriesConfig
     """For a head dim and a GPU with so many bytes of shared memory per program."""
     large = shared_memory >= 200 * 1024
     if itemsize == 4:
-        return QueriesConfig(32, 32, 8, 1) if dim <= 128 else QueriesConfig(16, 16, 8, 1)
+        return QueriesConfig(32, 32, 8 if dim <= 128 else 16, 1)
     if dim <= 64:
         return QueriesConfig(128, 64, 8, 3) if large else QueriesConfig(64, 64, 4, 2)
     if dim <= 128:
@@ -40,17 +49,26 @@ def queries_config(dim: int, itemsize: int, shared_memory: int) -> QueriesConfig
 
 @triton.jit
 def _kept_step(
-    dq, dropped, q, grad, lse, offset, cap, k_ptr, v_ptr, real_ptr, order_ptr, k_sn, v_sn, position, N_KV, scale_log2,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, CHECK: tl.constexpr, SMOOTH: tl.constexpr, CAP: tl.constexpr,
-    PRECISION: tl.constexpr,
+    dq, dropped, q, grad, q_ptr, grad_ptr, q_token, exists, q_sn, grad_sn, lse, offset, cap, k_ptr, v_ptr, real_ptr,
+    order_ptr, k_sn, v_sn, position, N_KV, scale_log2, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr, CHECK: tl.constexpr, SMOOTH: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add one tile of kept keys; with CHECK some may not be real. `dropped` sums dS where keys are smoothed."""
     token = token_of(order_ptr, position, N_KV)
     real = is_real(real_ptr, token, position, N_KV) if CHECK else None
     k = load_tile(k_ptr, token, real, k_sn, D, BLOCK_D)
-    v = load_tile(v_ptr, token, real, v_sn, D, BLOCK_D)
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    d_probs = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
+    if PRECISION == "ieee":
+        inside = real if CHECK else position < N_KV
+        scores = scores_in_float32(
+            q_ptr, q_token, exists, q_sn, k_ptr, token, inside, k_sn, D, BLOCK_D, ROWS, KEYS, FLOAT32_CHUNK
+        )
+        d_probs = scores_in_float32(
+            grad_ptr, q_token, exists, grad_sn, v_ptr, token, inside, v_sn, D, BLOCK_D, ROWS, KEYS, FLOAT32_CHUNK
+        )
+    else:
+        v = load_tile(v_ptr, token, real, v_sn, D, BLOCK_D)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        d_probs = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
     scores = scores * scale_log2 - lse[:, None]
     if CAP:
         scores = tl.minimum(scores, cap[:, None])
@@ -71,11 +89,16 @@ def _queries_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, MEANS: tl.constexpr, RAGGED: tl.constexpr, POOLED: tl.constexpr, VALUES: tl.constexpr,
     ACCUMULATE: tl.constexpr, CAP: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     """Grid (B H M BLOCK_Q / ROWS,), first the query blocks that keep every key block, which take longest.
 
     POOLED: the tail's scores are pooled ones; VALUES: so are its values. ACCUMULATE: add to what dq holds.
     """
+    q_sb, q_sh, q_sn = in_elements((q_sb, q_sh, q_sn), UNIT)
+    k_sb, k_sh, k_sn = in_elements((k_sb, k_sh, k_sn), UNIT)
+    v_sb, v_sh, v_sn = in_elements((v_sb, v_sh, v_sn), UNIT)
+    grad_sb, grad_sh, grad_sn = in_elements((grad_sb, grad_sh, grad_sn), UNIT)
     ROW_PARTS: tl.constexpr = BLOCK_Q // ROWS
     KEY_PARTS: tl.constexpr = BLOCK_K // KEYS
     pid = tl.program_id(0)
@@ -91,6 +114,7 @@ def _queries_kernel(
         head = block // (M - num_exact)
         m = first_exact + block % (M - num_exact)
     head = head.to(tl.int64)
+    row = head * M + m
     b, h = head // H, head % H
     g, kv_head = h // GROUP, b * (H // GROUP) + h // GROUP
     q_ptr += b * q_sb + h * q_sh
@@ -99,7 +123,7 @@ def _queries_kernel(
     grad_ptr += b * grad_sb + h * grad_sh
     if real_ptr is not None:
         real_ptr += b * real_sb
-    kept_ptr += (head * M + m) * (1 + slots)
+    kept_ptr += row * (1 + slots)
 
     position = m * BLOCK_Q + part * ROWS + tl.arange(0, ROWS)
     exists = position < N
@@ -113,6 +137,9 @@ def _queries_kernel(
         cap = tl.load(sparse_cap_ptr + statistics)
     scale_log2 = scale * LOG2_E
     dq = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    if ACCUMULATE:
+        # From the start, when registers are free.
+        dq = load_tile(dq_ptr + (b * N * H + h) * D, token, exists, H * D, D, BLOCK_D).to(tl.float32) / scale
     dropped = tl.zeros([ROWS], tl.float32)
 
     count = tl.load(kept_ptr)
@@ -128,19 +155,21 @@ def _queries_kernel(
         j = tl.where(keeps_all, j, tl.load(kept_ptr + 1 + j, mask=j < slots, other=0))
         keys = j * BLOCK_K + i % KEY_PARTS * KEYS + tl.arange(0, KEYS)
         dq, dropped = _kept_step(
-            dq, dropped, q, grad, lse, offset, cap, k_ptr, v_ptr, real_ptr, order_ptr, k_sn, v_sn, keys, N_KV,
-            scale_log2, D, BLOCK_D, real_ptr is not None, k_mean_ptr is not None, CAP, PRECISION,
+            dq, dropped, q, grad, q_ptr, grad_ptr, token, exists, q_sn, grad_sn, lse, offset, cap, k_ptr, v_ptr,
+            real_ptr, order_ptr, k_sn, v_sn, keys, N_KV, scale_log2, D, BLOCK_D, ROWS, KEYS, real_ptr is not None,
+            k_mean_ptr is not None, CAP, PRECISION,
         )  # fmt: skip
     if RAGGED and real_ptr is None:
         for i in tl.range(unchecked, count * KEY_PARTS, num_stages=1):
             keys = (T - 1) * BLOCK_K + i % KEY_PARTS * KEYS + tl.arange(0, KEYS)
             dq, dropped = _kept_step(
-                dq, dropped, q, grad, lse, offset, cap, k_ptr, v_ptr, real_ptr, order_ptr, k_sn, v_sn, keys, N_KV,
-                scale_log2, D, BLOCK_D, True, k_mean_ptr is not None, CAP, PRECISION,
+                dq, dropped, q, grad, q_ptr, grad_ptr, token, exists, q_sn, grad_sn, lse, offset, cap, k_ptr, v_ptr,
+                real_ptr, order_ptr, k_sn, v_sn, keys, N_KV, scale_log2, D, BLOCK_D, ROWS, KEYS, True,
+                k_mean_ptr is not None, CAP, PRECISION,
             )  # fmt: skip
 
     if POOLED:
-        bits_ptr += (head * M + m) * words
+        bits_ptr += row * words
         n_ptr += b * T
         k_bar_ptr += kv_head * T * D
         v_bar_ptr += kv_head * T * D
@@ -151,23 +180,36 @@ def _queries_kernel(
             n = tl.load(n_ptr + j, mask=j < T, other=0.0)
             bias = tl.where(((word >> (j & 31)) & 1 == 0) & (n > 0), tl.log2(n), float("-inf"))
             k_bar = load_tile(k_bar_ptr, j.to(tl.int64), j < T, D, D, BLOCK_D)
-            scores = tl.dot(q, tl.trans(k_bar), input_precision=PRECISION) * scale_log2 - lse[:, None]
             d_probs = tl.zeros([ROWS, MEANS], tl.float32)
-            if VALUES:
-                v_bar = load_tile(v_bar_ptr, j.to(tl.int64), j < T, D, D, BLOCK_D)
-                d_probs = tl.dot(grad, tl.trans(v_bar), input_precision=PRECISION)
+            if PRECISION == "ieee":
+                scores = scores_in_float32(
+                    q_ptr, token, exists, q_sn, k_bar_ptr, j, j < T, D, D, BLOCK_D, ROWS, MEANS, FLOAT32_CHUNK
+                )
+                if VALUES:
+                    d_probs = scores_in_float32(
+                        grad_ptr, token, exists, grad_sn, v_bar_ptr, j, j < T, D, D, BLOCK_D, ROWS, MEANS, FLOAT32_CHUNK
+                    )
+            else:
+                scores = tl.dot(q, tl.trans(k_bar), input_precision=PRECISION)
+                if VALUES:
+                    v_bar = load_tile(v_bar_ptr, j.to(tl.int64), j < T, D, D, BLOCK_D)
+                    d_probs = tl.dot(grad, tl.trans(v_bar), input_precision=PRECISION)
+            scores = scores * scale_log2 - lse[:, None]
             d_scores = tl.exp2(scores + bias[None, :]) * (d_probs - offset[:, None])
             dq = tl.dot(d_scores.to(k_bar.dtype), k_bar, dq, input_precision=PRECISION)
 
+    # Where the result goes follows from the query block's number: nothing else of it is held during the loops.
+    head, m = row // M, (row % M).to(tl.int32)
+    b, h = head // H, head % H
+    position = m * BLOCK_Q + part * ROWS + tl.arange(0, ROWS)
+    exists = position < N
+    token = token_of(order_ptr, position, N)
     if k_mean_ptr is not None:
         d = tl.arange(0, BLOCK_D)
+        kv_head = b * (H // GROUP) + h // GROUP
         k_mean = tl.load(k_mean_ptr + kv_head * D + d, mask=d < D, other=0.0)
         dq -= dropped[:, None] * k_mean[None, :]
-    dq *= scale
-    dq_ptr += (b * N * H + h) * D
-    if ACCUMULATE:
-        dq += load_tile(dq_ptr, token, exists, H * D, D, BLOCK_D).to(tl.float32)
-    store_tile(dq_ptr, token, exists, H * D, dq, D, BLOCK_D)
+    store_tile(dq_ptr + (b * N * H + h) * D, token, exists, H * D, dq * scale, D, BLOCK_D)
 
 
 def query_gradient(
@@ -178,7 +220,7 @@ def query_gradient(
     v: Tensor,
     kept: Tensor,
     bits: Tensor,
-    means: Means,
+    means: Statistics,
     rows: Rows,
     real: Tensor | None,
     order: Tensor | None,
@@ -188,19 +230,20 @@ def query_gradient(
     """Write dq (B, H, N, D), contiguous; with a linear tail add to what it holds."""
     (batch, heads, q_len, dim), kv_len = q.shape, k.shape[2]
     blocks, slots = kept.shape[2], kept.shape[3] - 1
-    T, exact = triton.cdiv(kv_len, settings.block_k), settings.exact_queries(q_len, kv_len)
+    T, exact = means.n.shape[1], settings.exact_queries(q_len, kv_len)
     linear, has_tail = settings.tail == "linear", slots < T
     row_size = min(config.rows, settings.block_q)
+    unit, strides = token_strides(q, k, v, grad_out)
     _queries_kernel[batch * heads * blocks * (settings.block_q // row_size),](
-        q, k, v, grad_out, kept.contiguous(), bits, means.k_bar, means.v_bar, means.n, means.k_mean, real, order,
+        q, k, v, grad_out, kept.contiguous(), bits, means.k_bar, means.v_bar, means.n, means.center, real, order,
         rows.sparse_lse, rows.offset, rows.sparse_cap, rows.tail_lse, rows.tail_offset, dq,
-        *(s for x in (q, k, v, grad_out) for s in x.stride()[:3]), 0 if real is None else real.stride(0),
+        *strides, 0 if real is None else real.stride(0),
         heads, heads // k.shape[1], q_len, kv_len, blocks, T, slots, bits.shape[2],
         exact.num_first, exact.last_start, settings.scale,
-        D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_Q=settings.block_q, BLOCK_K=settings.block_k,
+        D=dim, BLOCK_D=padded_dim(dim), BLOCK_Q=settings.block_q, BLOCK_K=settings.block_k,
         ROWS=row_size, KEYS=min(config.keys, settings.block_k), MEANS=config.keys,
         RAGGED=kv_len % settings.block_k != 0, POOLED=has_tail and (not linear or settings.mixing == "row"),
         VALUES=not linear, ACCUMULATE=linear and has_tail,
         CAP=settings.qk_format is not None, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        STAGES=config.num_stages, num_warps=config.num_warps,
+        STAGES=config.num_stages, UNIT=unit, num_warps=config.num_warps, maxnreg=MAX_REGISTERS,
     )  # fmt: skip

@@ -25,8 +25,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sla2_compile.kernels.launch_arguments import MAX_REGISTERS, padded_dim, token_strides
 from sla2_compile.kernels.settings import Settings
-from sla2_compile.kernels.triton_backward_loads import load_tile, token_of
+from sla2_compile.kernels.triton_backward_loads import in_elements, load_tile, token_of
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 FIELDS = (
@@ -55,9 +56,13 @@ def _rows_kernel(
     sparse_lse_sb, sparse_lse_sh, sparse_lse_sn, tail_lse_sb, tail_lse_sh, tail_lse_sn,
     H, GROUP, N, M, T, slots, field_size, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, TILE: tl.constexpr, LINEAR: tl.constexpr,
-    CAP: tl.constexpr,
+    CAP: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Grid (B H M,). logit_ptr, gain_ptr, k_mean_ptr, num_nonempty_ptr and order_ptr may be None."""
+    grad_sb, grad_sh, grad_sn = in_elements((grad_sb, grad_sh, grad_sn), UNIT)
+    q_sb, q_sh, q_sn = in_elements((q_sb, q_sh, q_sn), UNIT)
+    out_sb, out_sh, out_sn = in_elements((out_sb, out_sh, out_sn), UNIT)
+    sparse_out_sb, sparse_out_sh, sparse_out_sn = in_elements((sparse_out_sb, sparse_out_sh, sparse_out_sn), UNIT)
     row = tl.program_id(0).to(tl.int64)
     head, m = row // M, (row % M).to(tl.int32)
     b, h = head // H, head % H
@@ -162,15 +167,16 @@ def row_statistics(
     (batch, heads, q_len, dim), blocks = q.shape, kept.shape[2]
     rows = q.new_empty(len(FIELDS), batch * heads, blocks * settings.block_q, dtype=torch.float32)
     d_logit, d_gain = (q.new_empty(batch, heads, blocks, dtype=torch.float32) for _ in range(2))
+    unit, strides = token_strides(grad_out, q, out, sparse_out)
     _rows_kernel[batch * heads * blocks,](
         grad_out, q, out, sparse_out, sparse_lse, tail_lse, kept.contiguous(),
         None if alpha_logit is None else alpha_logit.contiguous(),
         None if alpha_gain is None else alpha_gain.contiguous(),
         k_mean, num_nonempty, order, rows, d_logit, d_gain,
-        *(s for x in (grad_out, q, out, sparse_out, sparse_lse, tail_lse) for s in x.stride()[:3]),
+        *strides, *sparse_lse.stride(), *tail_lse.stride(),
         heads, group, q_len, blocks, num_key_blocks, kept.shape[3] - 1, rows.stride(0), settings.scale,
-        D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_Q=settings.block_q,
-        TILE=16 if dim > 128 else min(settings.block_q, 32),
-        LINEAR=settings.tail == "linear", CAP=settings.qk_format is not None, num_warps=4,
+        D=dim, BLOCK_D=padded_dim(dim), BLOCK_Q=settings.block_q,
+        TILE=16 if dim > 128 else min(settings.block_q, 32), LINEAR=settings.tail == "linear",
+        CAP=settings.qk_format is not None, UNIT=unit, num_warps=4, maxnreg=MAX_REGISTERS,
     )  # fmt: skip
     return Rows(*rows), d_logit, d_gain.sum(2)

@@ -13,10 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sla2_compile.kernels.blocks import num_blocks
+from sla2_compile.kernels.launch_arguments import MAX_REGISTERS, padded_dim, token_strides
 from sla2_compile.kernels.settings import Settings
-from sla2_compile.kernels.triton_backward_loads import load_rows, load_tile
-from sla2_compile.kernels.triton_backward_means import Means
+from sla2_compile.kernels.triton_backward_loads import in_elements, load_rows, load_tile
 from sla2_compile.kernels.triton_backward_rows import LOG2_E, Rows
+from sla2_compile.kernels.triton_statistics import Statistics
 
 # Programs wanted in all: a few per multiprocessor. A constant, so that sums do not depend on the GPU.
 TARGET_PROGRAMS = 768
@@ -39,7 +41,7 @@ def tail_config(dim: int, itemsize: int, shared_memory: int) -> TailConfig:
     if dim <= 64 or (dim == 128 and large):
         return TailConfig(64, 64, 4, 2)
     if dim <= 128:
-        return TailConfig(64, 32, 4, 3) if large else TailConfig(64, 32, 4, 2)
+        return TailConfig(64, 32, 4, 3) if large else TailConfig(64, 32, 8, 2)
     return TailConfig(64, 32, 8, 2) if large else TailConfig(32, 32, 4, 1)
 
 
@@ -50,8 +52,11 @@ def _tail_kernel(
     q_sb, q_sh, q_sn, grad_sb, grad_sh, grad_sn, H, N, M, T, words, steps_per_split, scale,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, ROWS: tl.constexpr,
     MEANS: tl.constexpr, VALUES: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     """Grid (T / MEANS, splits, B G). Scores and their gradients are (MEANS, ROWS); neither goes through memory."""
+    q_sb, q_sh, q_sn = in_elements((q_sb, q_sh, q_sn), UNIT)
+    grad_sb, grad_sh, grad_sn = in_elements((grad_sb, grad_sh, grad_sn), UNIT)
     PARTS: tl.constexpr = BLOCK_Q // ROWS
     j = tl.program_id(0) * MEANS + tl.arange(0, MEANS)
     split = tl.program_id(1)
@@ -61,6 +66,9 @@ def _tail_kernel(
     head = b * H + kv_head % G * GROUP  # the group's first query head
     q_ptr += b * q_sb + kv_head % G * GROUP * q_sh
     grad_ptr += b * grad_sb + kv_head % G * GROUP * grad_sh
+    lse_ptr += head * M * BLOCK_Q
+    offset_ptr += head * M * BLOCK_Q
+    bits_ptr += head * M * words
 
     k_bar = load_tile(k_bar_ptr + kv_head * T * D, j.to(tl.int64), j < T, D, D, BLOCK_D)
     n = tl.load(n_ptr + b * T + j, mask=j < T, other=0.0)
@@ -76,9 +84,9 @@ def _tail_kernel(
         in_group = (block // M).to(tl.int64) if GROUP > 1 else 0
         m = block % M if GROUP > 1 else block
         position = m * BLOCK_Q + i % PARTS * ROWS
-        statistics = (head + in_group) * M * BLOCK_Q + position + tl.arange(0, ROWS)
+        statistics = block * BLOCK_Q + i % PARTS * ROWS + tl.arange(0, ROWS)
         lse = tl.load(lse_ptr + statistics)
-        word = tl.load(bits_ptr + ((head + in_group) * M + m) * words + (j >> 5), mask=j < T, other=-1)
+        word = tl.load(bits_ptr + block * words + (j >> 5), mask=j < T, other=-1)
         bias = tl.where((word >> (j & 31)) & 1 == 0, log_n, float("-inf"))
         q = load_rows(q_ptr + in_group * q_sh, order_ptr, position, N, q_sn, ROWS, D, BLOCK_D)
         scores = tl.dot(k_bar, tl.trans(q), input_precision=PRECISION) * scale_log2 - lse[None, :]
@@ -104,7 +112,7 @@ def tail_gradient(
     grad_out: Tensor,
     q: Tensor,
     bits: Tensor,
-    means: Means,
+    means: Statistics,
     rows: Rows,
     order: Tensor | None,
     settings: Settings,
@@ -117,19 +125,20 @@ def tail_gradient(
     (batch, heads, q_len, dim), (key_heads, T) = q.shape, means.k_bar.shape[1:3]
     blocks, group, values = bits.shape[1], heads // means.k_bar.shape[1], settings.tail == "pooled"
     row_size = min(config.rows, settings.block_q)
-    steps, tiles = group * blocks * (settings.block_q // row_size), triton.cdiv(T, config.means)
-    splits = min(MAX_SPLITS, steps, triton.cdiv(TARGET_PROGRAMS, tiles * batch * key_heads))
-    steps_per_split = triton.cdiv(steps, splits)
-    splits = triton.cdiv(steps, steps_per_split)
+    steps, tiles = group * blocks * (settings.block_q // row_size), num_blocks(T, config.means)
+    splits = min(MAX_SPLITS, steps, num_blocks(TARGET_PROGRAMS, tiles * batch * key_heads))
+    steps_per_split = num_blocks(steps, splits)
+    splits = num_blocks(steps, steps_per_split)
+    unit, strides = token_strides(q, grad_out)
     dk_bar = q.new_empty(splits, batch, key_heads, T, dim, dtype=torch.float32)
     dv_bar = torch.empty_like(dk_bar) if values else None
     _tail_kernel[tiles, splits, batch * key_heads](
         q, grad_out, means.k_bar, means.v_bar, means.n, bits, order,
         rows.tail_lse, rows.tail_offset, dk_bar, dv_bar,
-        *q.stride()[:3], *grad_out.stride()[:3], heads, q_len, blocks, T, bits.shape[2], steps_per_split,
-        settings.scale, GROUP=group, D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)),
+        *strides, heads, q_len, blocks, T, bits.shape[2], steps_per_split,
+        settings.scale, GROUP=group, D=dim, BLOCK_D=padded_dim(dim),
         BLOCK_Q=settings.block_q, ROWS=row_size,
         MEANS=config.means, VALUES=values, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        STAGES=config.num_stages, num_warps=config.num_warps,
+        STAGES=config.num_stages, UNIT=unit, num_warps=config.num_warps, maxnreg=MAX_REGISTERS,
     )  # fmt: skip
     return dk_bar, dv_bar

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from sla2_compile.kernels.blocks import num_blocks
+from sla2_compile.kernels.launch_arguments import next_power_of_two
 from sla2_compile.kernels.settings import Settings
 
 # A list is split where it is both this long and this many times the mean length: fewer parts would leave the last
@@ -115,10 +116,10 @@ def inverse_index(kept: Tensor, num_key_heads: int, q_len: int, kv_len: int, set
     """The inverse of `kept` (B, H, M, 1 + slots)."""
     batch, heads, rows, _ = kept.shape
     kept, slots = kept.contiguous(), kept.shape[3] - 1
-    T, exact = triton.cdiv(kv_len, settings.block_k), settings.exact_queries(q_len, kv_len).count
-    words, key_heads, group = triton.cdiv(T, 32), batch * num_key_heads, heads // num_key_heads
+    T, exact = num_blocks(kv_len, settings.block_k), settings.exact_queries(q_len, kv_len).count
+    words, key_heads, group = num_blocks(T, 32), batch * num_key_heads, heads // num_key_heads
     capacity = group * (exact * T + (rows - exact) * slots)
-    part_length = max(MIN_PART_LENGTH, PART_LENGTH_RATIO * triton.cdiv(capacity, T))
+    part_length = max(MIN_PART_LENGTH, PART_LENGTH_RATIO * num_blocks(capacity, T))
     new = kept.new_empty
     index = InverseIndex(
         bits=new(batch * heads, rows, words),
@@ -130,8 +131,8 @@ def inverse_index(kept: Tensor, num_key_heads: int, q_len: int, kv_len: int, set
         part_length=part_length,
     )
     max_parts = index.part_key.shape[1]
-    word_tile, grid = min(128, triton.next_power_of_2(words)), (key_heads, words)
-    _bits_kernel[batch * heads * rows, triton.cdiv(words, word_tile)](
+    word_tile, grid = min(128, next_power_of_two(words)), (key_heads, words)
+    _bits_kernel[batch * heads * rows, num_blocks(words, word_tile)](
         kept, index.bits, slots, T, words, SLOT_TILE=16, WORD_TILE=word_tile, num_warps=1
     )
     _count_kernel[grid](index.bits, index.count, group * rows, T, words, ROW_TILE=256, num_warps=4)
@@ -142,23 +143,3 @@ def inverse_index(kept: Tensor, num_key_heads: int, q_len: int, kv_len: int, set
         index.bits, index.start, index.lists, group * rows, T, words, capacity, ROW_TILE=128, num_warps=4
     )
     return index
-
-
-@triton.jit
-def _tail_mask_kernel(bits_ptr, n_ptr, mask_ptr, value, H, M, T, W, TILE: tl.constexpr):
-    """Grid (B H M, T / TILE)."""
-    row, key = tl.program_id(0).to(tl.int64), tl.program_id(1) * TILE + tl.arange(0, TILE)
-    word = tl.load(bits_ptr + row * W + (key >> 5), mask=key < T, other=0)
-    n = tl.load(n_ptr + row // (H * M) * T + key, mask=key < T, other=0.0)
-    in_tail = ((word >> (key & 31)) & 1 == 0) & (n > 0)
-    tl.store(mask_ptr + row * T + key, tl.where(in_tail, value, 0.0), mask=key < T)
-
-
-def tail_mask(bits: Tensor, n: Tensor, value: float, dtype: torch.dtype) -> Tensor:
-    """(B H, M, T): `value` where the query block keeps neither the key block nor the block is empty, 0 elsewhere."""
-    (batch, T), (rows, blocks, words) = n.shape, bits.shape
-    mask = n.new_empty(rows, blocks, T, dtype=dtype)
-    _tail_mask_kernel[rows * blocks, triton.cdiv(T, 512)](
-        bits, n, mask, value, rows // batch, blocks, T, words, TILE=512, num_warps=4
-    )
-    return mask

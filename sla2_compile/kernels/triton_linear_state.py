@@ -1,7 +1,7 @@
 """States of the linear tail for each query block: H_i and Z_i over the key blocks that it does not keep.
 
-One batched matmul of the 0/1 tail mask with all h_j: exact where the tail is empty, and it costs less than reading h_j
-again for each kept block (0.05 TFLOP for shape (1, 12, 32760, 128)).
+Both are one batched matmul of the 0/1 tail mask with all h_j and z_j: exact where the tail is empty, and it costs less
+than reading h_j again for each kept block (0.05 TFLOP for shape (1, 12, 32760, 128)).
 """
 
 from __future__ import annotations
@@ -9,12 +9,54 @@ from __future__ import annotations
 import math
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
+from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.settings import Settings
-from sla2_compile.kernels.triton_backward_linear_keys import LinearConfig, key_block_states, linear_config
-from sla2_compile.kernels.triton_inverse_index import tail_mask
-from sla2_compile.kernels.triton_mixture import LinearStates
+from sla2_compile.kernels.triton_backward_linear_keys import key_block_states, states_config
+
+
+@triton.jit
+def _tail_mask_kernel(bits_ptr, n_ptr, mask_ptr, value, HM, T, W, mask_stride, KEYS: tl.constexpr):
+    """Grid (B H M,): `value` where a key block is in a query block's tail, else 0. HM: query blocks of a batch."""
+    row = tl.program_id(0).to(tl.int64)
+    for first in range(0, T, KEYS):
+        j = first + tl.arange(0, KEYS)
+        words = tl.load(bits_ptr + row * W + (j >> 5), mask=j < T, other=-1)
+        n = tl.load(n_ptr + row // HM * T + j, mask=j < T, other=0.0)
+        mask = tl.where(((words >> (j & 31)) & 1 == 0) & (n > 0), value, 0.0)
+        tl.store(mask_ptr + row * mask_stride + j, mask.to(mask_ptr.dtype.element_ty), mask=j < T)
+
+
+def tail_mask(bits: Tensor, n: Tensor, value: float, key_heads: int, dtype: torch.dtype) -> Tensor:
+    """Which key blocks a query block's tail holds.
+
+    Args:
+        bits: (B, H, M, W) int32 kept key blocks.
+        n: (B, T) float32 real tokens of each key block.
+        value: a power of two that stands for True.
+        key_heads: G.
+        dtype: of the mask.
+
+    Returns:
+        (B G, H / G M, T): `value` where the query block does not keep the key block and that is not empty, else 0.
+    """
+    (batch, heads, blocks, words), T = bits.shape, n.shape[1]
+    # The copy engine needs rows that begin at multiples of 16 bytes; without it a matmul takes several times as long.
+    stride = num_blocks(T, 16) * 16
+    mask = n.new_empty(batch * key_heads, heads // key_heads * blocks, stride, dtype=dtype)[:, :, :T]
+    _tail_mask_kernel[batch * heads * blocks,](
+        bits, n, mask, value, heads * blocks, T, words, stride, KEYS=512, num_warps=2
+    )
+    return mask
+
+
+def tail_states(mask: Tensor, states: Tensor) -> Tensor:
+    """Sums of the key blocks' states (B G, T, D + 1, D) where the mask is not 0, times it: (B H, M, D + 1, D)."""
+    (heads, rows, _), dim = mask.shape, states.shape[3]
+    return torch.bmm(mask, states.flatten(2)).view(heads, rows, dim + 1, dim)
 
 
 def linear_states(
@@ -22,33 +64,30 @@ def linear_states(
     v: Tensor,
     bits: Tensor,
     n: Tensor,
-    k_mean: Tensor,
+    center: Tensor,
     real: Tensor | None,
     order: Tensor | None,
     settings: Settings,
     shared_memory: int,
-) -> LinearStates:
+) -> Tensor:
     """H and Z of every query block, times a common factor that brings sums over all tokens to the size of v.
 
     Args:
         k, v: (B, G, N_kv, D), last stride 1.
         bits: (B, H, M, W) int32 kept key blocks.
         n: (B, T) float32 real tokens of each key block.
-        k_mean: (B, G, D) float32 what smoothing subtracts.
+        center: (B, G, D) float32 what smoothing subtracts.
         real: (B, N_kv) bool or None.
         order: (N_kv,) int32 or None.
         settings: the op's.
         shared_memory: bytes of it that a program may use.
+
+    Returns:
+        (B H, M, D + 1, D) in k's dtype: H, and Z as its last row.
     """
-    (batch, key_heads, kv_len, dim), (_, heads, blocks, _), T = k.shape, bits.shape, n.shape[1]
+    (key_heads, kv_len, dim), (batch, heads, blocks, _) = k.shape[1:], bits.shape
     factor = 2.0 ** -max(0, round(math.log2(kv_len / dim)))
-    config = linear_config(dim, k.element_size(), shared_memory)
-    if dim == 128 and k.element_size() == 2 and shared_memory >= 200 * 1024:
-        # All of v at once measures fastest: phi is made once.
-        config = LinearConfig(64, 128, 8)
-    h, z = key_block_states(k, v, k_mean, real, order, factor, settings, config)
-    mask = tail_mask(bits.flatten(0, 1), n, 1.0, k.dtype).view(batch * key_heads, -1, T)  # (B G, H / G M, T)
-    state = torch.bmm(mask, h.flatten(2)).view(batch * heads, blocks, dim, dim)
-    # In the full float32 of elementwise sums: matmul may run as TF32.
-    normalizer = torch.bmm(mask.double(), z.double()).float().view(batch * heads, blocks, dim)
-    return LinearStates(state, normalizer)
+    config = states_config(dim, k.element_size(), shared_memory)
+    states = key_block_states(k, v, center, real, order, factor, settings, config)
+    mask = tail_mask(bits, n, 1.0, key_heads, k.dtype)
+    return tail_states(mask, states).view(batch * heads, blocks, dim + 1, dim)

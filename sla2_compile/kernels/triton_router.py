@@ -5,68 +5,110 @@ Deterministic: equal scores go to the lower index. Twin: `blocked_routing.route`
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from sla2_compile.kernels.blocks import num_blocks
+from sla2_compile.kernels.hardware import capability
+from sla2_compile.kernels.launch_arguments import MAX_REGISTERS, next_power_of_two, padded_dim
 from sla2_compile.kernels.settings import Settings
+
+# Part of the head dimension that a step of a float32 product takes.
+CHUNK = 32
+
+
+@triton.jit
+def _project_kernel(
+    q_ptr, k_ptr, proj_q_ptr, proj_k_ptr, q_out_ptr, k_out_ptr, num_q, num_k, proj_q_sd, proj_q_se, proj_k_sd,
+    proj_k_se, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Grid (rows of q and of k / ROWS, BLOCK_D / CHUNK): each block mean times its projection, transposed."""
+    tiles_q = (num_q + ROWS - 1) // ROWS
+    tile = tl.program_id(0)
+    is_key = tile >= tiles_q
+    length, sd, se = num_q, proj_q_sd, proj_q_se
+    if is_key:
+        tile -= tiles_q
+        q_ptr, q_out_ptr, proj_q_ptr = k_ptr, k_out_ptr, proj_k_ptr
+        length, sd, se = num_k, proj_k_sd, proj_k_se
+    row = tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    d = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    out = tl.zeros([ROWS, CHUNK], tl.float32)
+    for first in tl.range(0, BLOCK_D, CHUNK, num_stages=2):
+        e = first + tl.arange(0, CHUNK)
+        x = tl.load(q_ptr + row[:, None] * D + e[None, :], mask=(row < length)[:, None] & (e < D)[None, :], other=0.0)
+        inside = (e < D)[:, None] & (d < D)[None, :]
+        proj = tl.load(proj_q_ptr + d[None, :] * sd + e[:, None] * se, mask=inside, other=0.0).to(tl.float32)
+        out = tl.dot(x, proj, out, input_precision="tf32x3")
+    tl.store(q_out_ptr + row[:, None] * D + d[None, :], out, mask=(row < length)[:, None] & (d < D)[None, :])
 
 
 @triton.jit
 def _scores_kernel(
-    q_ptr, k_ptr, proj_ptr, scores_ptr, H, GROUP, M, T, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    q_ptr, k_ptr, scores_ptr, H, GROUP, M, T, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B H, M / ROWS, T / KEYS): scale * q_bar proj k_bar^T."""
+    """Grid (B H, M / ROWS, T / KEYS): scale * q_bar k_bar^T."""
     head = tl.program_id(0).to(tl.int64)
     kv_head = head // H * (H // GROUP) + head % H // GROUP
     m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     t = tl.program_id(2) * KEYS + tl.arange(0, KEYS)
-    d = tl.arange(0, BLOCK_D)
-    q = tl.load(q_ptr + (head * M + m)[:, None] * D + d[None, :], mask=(m < M)[:, None] & (d < D)[None, :], other=0.0)
-    k = tl.load(
-        k_ptr + (kv_head * T + t)[:, None] * D + d[None, :], mask=(t < T)[:, None] & (d < D)[None, :], other=0.0
-    )
-    if proj_ptr is not None:
-        inside = (d < D)[:, None] & (d < D)[None, :]
-        proj = tl.load(proj_ptr + d[:, None] * D + d[None, :], mask=inside, other=0.0)
-        q = tl.dot(q, proj, input_precision="tf32x3")
-    scores = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale
-    tl.store(scores_ptr + (head * M + m)[:, None] * T + t[None, :], scores, mask=(m < M)[:, None] & (t < T)[None, :])
+    scores = tl.zeros([ROWS, KEYS], tl.float32)
+    # A part of the head dimension at a time: a whole one in three tf32 parts does not fit into registers.
+    for first in tl.range(0, BLOCK_D, CHUNK, num_stages=2):
+        d = first + tl.arange(0, CHUNK)
+        q_ptrs, k_ptrs = q_ptr + (head * M + m)[:, None] * D + d[None, :], k_ptr + (kv_head * T + t)[None, :] * D
+        q = tl.load(q_ptrs, mask=(m < M)[:, None] & (d < D)[None, :], other=0.0)
+        k = tl.load(k_ptrs + d[:, None], mask=(t < T)[None, :] & (d < D)[:, None], other=0.0)
+        scores = tl.dot(q, k, scores, input_precision="tf32x3")
+    ptrs = scores_ptr + (head * M + m)[:, None] * T + t[None, :]
+    tl.store(ptrs, scores * scale, mask=(m < M)[:, None] & (t < T)[None, :])
 
 
 @triton.jit
 def _choose_kernel(
-    scores_ptr, n_ptr, kept_ptr, bits_ptr, H, M, T, slots, words, first_key, last_key, first_row, last_row,
-    BLOCK_T: tl.constexpr, SLOTS: tl.constexpr,
+    scores_ptr, n_ptr, kept_ptr, bits_ptr, num_nonempty_ptr, H, M, T, slots, words, first_key, last_key, first_row,
+    last_row, BLOCK_T: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Grid (B H M,): count and ascending indices of the chosen key blocks, and the same as a bit mask.
 
     Key blocks before `first_key` and from `last_key` on are always chosen; query blocks before `first_row` and from
-    `last_row` on keep all.
+    `last_row` on keep all. num_nonempty_ptr None: nobody asks how many key blocks of a batch element have a real key.
     """
     row = tl.program_id(0).to(tl.int64)
     m = (row % M).to(tl.int32)
     t = tl.arange(0, BLOCK_T)
     exists = t < T
     score = tl.load(scores_ptr + row * T + t, mask=exists, other=0.0) + 0.0  # turns -0.0 into 0.0
-    real = tl.load(n_ptr + row // (H * M) * T + t, mask=exists, other=0.0) > 0
+    b = row // (H * M)
+    real = tl.load(n_ptr + b * T + t, mask=exists, other=0.0) > 0
+    if num_nonempty_ptr is not None:
+        tl.store(num_nonempty_ptr + b, tl.sum(real.to(tl.int32), 0), mask=row % (H * M) == 0)
     # Unsigned integers in the order of the floats. Exact blocks come first, empty ones last, padding never.
     code = score.to(tl.int32, bitcast=True)
     code = tl.where(code < 0, ~code, code ^ -2147483648).to(tl.uint32, bitcast=True)
     code = tl.where(real, tl.minimum(tl.maximum(code, 2), 0xFFFFFFFE), 1)
     code = tl.where((t < first_key) | (t >= last_key), 0xFFFFFFFF, code)
     code = tl.where(exists, code, 0).to(tl.uint32)
-    # The code of the slots-th best, bit by bit from the highest.
+    # A code that the best `slots` reach and no others, bit by bit from the highest; the slots-th best's where that has
+    # equals.
     threshold = tl.zeros([], tl.uint32)
-    for i in tl.static_range(32):
-        candidate = threshold | (1 << (31 - i))
-        enough = tl.sum((code >= candidate).to(tl.int32), 0) >= slots
-        threshold = tl.where(enough, candidate, threshold).to(tl.uint32)
+    digit = tl.full([], 0x80000000, tl.uint32)
+    reach = slots + 1
+    while (digit > 0) & (reach != slots):
+        num_better = tl.sum((code >= (threshold | digit)).to(tl.int32), 0)
+        reach = tl.where(num_better >= slots, num_better, reach)
+        threshold = tl.where(num_better >= slots, threshold | digit, threshold).to(tl.uint32)
+        digit = digit >> 1
     better, equal = code > threshold, (code == threshold) & exists
     places = slots - tl.sum(better.to(tl.int32), 0)
-    chosen = better | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= places))
+    chosen = better | equal
+    if tl.sum(equal.to(tl.int32), 0) > places:
+        chosen = better | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= places))
     chosen = chosen & real
     count = tl.sum(chosen.to(tl.int32), 0)
 
@@ -76,9 +118,17 @@ def _choose_kernel(
     tl.store(kept_ptr + tl.cumsum(chosen.to(tl.int32), 0), t, mask=chosen)
     slot = tl.arange(0, SLOTS)
     tl.store(kept_ptr + 1 + slot, tl.zeros([SLOTS], tl.int32), mask=(slot >= count) & (slot < slots))
-    bit = ((chosen | keeps_all) & exists).to(tl.int32) << (t & 31)
+    bit = (chosen | keeps_all | ~exists).to(tl.int32) << (t & 31)
     word = tl.arange(0, BLOCK_T // 32)
     tl.store(bits_ptr + row * words + word, tl.sum(tl.reshape(bit, [BLOCK_T // 32, 32]), 1), mask=word < words)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the router chose beside `kept`."""
+
+    bits: Tensor  # (B, H, M, W) int32, bit j % 32 of word j // 32: it keeps key block j, or there is none; W is even
+    num_nonempty: Tensor | None  # (B,) int32 key blocks with a real key; None: all have one
 
 
 def route(
@@ -91,7 +141,9 @@ def route(
     q_len: int,
     kv_len: int,
     settings: Settings,
-) -> Tensor:
+    *,
+    masked: bool,
+) -> Choice:
     """Choose the key blocks of each query block.
 
     Args:
@@ -102,29 +154,40 @@ def route(
         kept: (B, H, M, 1 + slots) int32, written as `settings.empty_saved` describes.
         q_len, kv_len: tokens.
         settings: the op's.
-
-    Returns:
-        (B, H, M, W) int32: bit j % 32 of word j // 32 is set where the query block keeps key block j.
+        masked: whether some keys may not be real.
     """
     (batch, heads, rows, dim), (_, key_heads, total, _) = q_bar.shape, k_bar.shape
-    scores = q_bar.new_empty(batch, heads, rows, total)
-    proj = None
     if proj_q is not None and proj_k is not None:
-        # (q proj_q^T)(k proj_k^T)^T = q (proj_q^T proj_k) k^T; in float64 because matmul may run as TF32.
-        proj = (proj_q.double().mT @ proj_k.double()).float().contiguous()
-    block_d = max(16, triton.next_power_of_2(dim))
-    tile = 64 if block_d <= 128 else 32
-    _scores_kernel[batch * heads, triton.cdiv(rows, tile), triton.cdiv(total, tile)](
-        q_bar, k_bar, proj, scores, heads, heads // key_heads, rows, total, settings.scale,
-        D=dim, BLOCK_D=block_d, ROWS=tile, KEYS=tile, num_warps=4,
+        q_bar, k_bar = _project(q_bar, k_bar, proj_q, proj_k)
+    scores = q_bar.new_empty(batch, heads, rows, total)
+    tile = 64
+    _scores_kernel[batch * heads, num_blocks(rows, tile), num_blocks(total, tile)](
+        q_bar, k_bar, scores, heads, heads // key_heads, rows, total, settings.scale,
+        D=dim, BLOCK_D=padded_dim(dim), ROWS=tile, KEYS=tile, CHUNK=min(CHUNK, padded_dim(dim)), num_warps=4,
+        # Only Hopper fits without being told.
+        maxnreg=None if capability(q_bar.device)[0] == 9 else MAX_REGISTERS,
     )  # fmt: skip
-    words = triton.cdiv(total, 32)
-    bits = torch.empty(batch, heads, rows, words, dtype=torch.int32, device=q_bar.device)
+    words = 2 * num_blocks(total, 64)
+    bits = kept.new_empty(batch, heads, rows, words)
+    num_nonempty = kept.new_empty(batch) if masked else None
     keys, queries = settings.exact_keys(kv_len), settings.exact_queries(q_len, kv_len)
-    block_t, slots = max(64, triton.next_power_of_2(total)), kept.shape[3] - 1
+    block_t, slots = max(64, next_power_of_two(total)), kept.shape[3] - 1
     _choose_kernel[batch * heads * rows,](
-        scores, n, kept, bits, heads, rows, total, slots, words, keys.num_first, keys.last_start,
-        queries.num_first, queries.last_start, BLOCK_T=block_t, SLOTS=triton.next_power_of_2(slots),
-        num_warps=min(8, max(1, block_t // 512)),
+        scores, n, kept, bits, num_nonempty, heads, rows, total, slots, words, keys.num_first, keys.last_start,
+        queries.num_first, queries.last_start, BLOCK_T=block_t, SLOTS=next_power_of_two(slots),
+        # Sums over a warp are one instruction, over several a wait for each other.
+        num_warps=min(8, max(1, block_t // 1024)),
     )  # fmt: skip
-    return bits
+    return Choice(bits, num_nonempty)
+
+
+def _project(q_bar: Tensor, k_bar: Tensor, proj_q: Tensor, proj_k: Tensor) -> tuple[Tensor, Tensor]:
+    """q_bar proj_q^T and k_bar proj_k^T."""
+    dim, outputs = q_bar.shape[3], (torch.empty_like(q_bar), torch.empty_like(k_bar))
+    num_q, num_k = (x.numel() // dim for x in (q_bar, k_bar))
+    rows, chunk = 64, min(CHUNK, padded_dim(dim))
+    _project_kernel[num_blocks(num_q, rows) + num_blocks(num_k, rows), padded_dim(dim) // chunk](
+        q_bar, k_bar, proj_q, proj_k, *outputs, num_q, num_k, *proj_q.stride(), *proj_k.stride(),
+        D=dim, BLOCK_D=padded_dim(dim), ROWS=rows, CHUNK=chunk, num_warps=4,
+    )  # fmt: skip
+    return outputs

@@ -1,16 +1,21 @@
 """Low-bit number formats of the sparse branch: codes, scales, and the values they stand for.
 
-Scales follow SageAttention2++ (arXiv 2505.21136): q and k per block of tokens, v per channel, probabilities by a
-constant that fills the range. Rounding is to nearest even; scales divide, as the kernels do.
+Scales follow SageAttention2++ (arXiv 2505.21136): q and k per block of tokens, v per channel. Probabilities are scaled
+by a power of two for each row, and not by what fills the range: an online softmax then rounds to the same codes,
+whichever maximum it has when a tile comes by. Rounding is to nearest even; scales divide, as the kernels do.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
 FP8_MAX = 448.0
 INT8_MAX = 127.0
+# The code of a row's largest probability, rounded up to a power of two.
+TOP_CODE = 256.0
 
 
 def round_to_format(x: Tensor, number_format: str) -> Tensor:
@@ -43,8 +48,19 @@ def quantize_dequantize(x: Tensor, number_format: str, dims: tuple[int, ...]) ->
     return x + (rounded - x).detach()
 
 
-def quantize_dequantize_probabilities(p: Tensor) -> Tensor:
-    """Probabilities in [0, 1], relative to their row's maximum, rounded through FP8 e4m3; straight-through gradient."""
+def quantize_dequantize_probabilities(p: Tensor, peak: Tensor, lse: Tensor) -> Tensor:
+    """Probabilities rounded through FP8 e4m3, as weights relative to the row's largest, which a power of two bounds.
+
+    Args:
+        p: (..., N, K) exp(scores - lse), float32 or float64.
+        peak: (..., N) largest score of each row.
+        lse: (..., N) log-sum-exp of the scores; -inf where a row has none.
+
+    Returns:
+        Tensor like `p`. Its gradient is the identity (straight-through).
+    """
     with torch.no_grad():
-        rounded = round_to_format(p * FP8_MAX, "fp8") / FP8_MAX
+        unit = torch.exp2((peak / math.log(2)).ceil() - lse / math.log(2))
+        unit = torch.where(lse > -torch.inf, unit, 1)[..., None] / TOP_CODE
+        rounded = round_to_format(p / unit, "fp8") * unit
     return p + (rounded - p).detach()

@@ -1,0 +1,248 @@
+"""What a group of warps does with tiles of keys and values: the inner loop of `gluon_attention.py`.
+
+The next tile's scores are issued to the tensor cores, then the last tile's probabilities times its values; the softmax
+of the scores runs while the values are multiplied. At 64 rows a group and 64 keys a tile a step keeps the tensor cores
+busy for 512 cycles in 16 bit, and the two groups of a program take turns on them.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+
+ROWS = gl.constexpr(64)
+KEYS = gl.constexpr(64)
+# A mean stands for 64 keys: in base 2 its score is 6 higher.
+MEAN_BIAS = gl.constexpr(6.0)
+# The largest probability of a row, rounded up to a power of two, becomes this code.
+LOG2_TOP_CODE = gl.constexpr(8.0)
+# Adding it turns an integer below 2^22 into a float's last bits.
+INTEGER_BITS = gl.constexpr(0x4B400000)
+INTEGER_FLOAT = gl.constexpr(12582912.0)
+
+
+@gluon.constexpr_function
+def scores_layout(itemsize):
+    """Layout of a tile of scores of operands of so many bytes an element."""
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 64, 32 // itemsize])
+
+
+@gluon.constexpr_function
+def out_layout(dim, itemsize):
+    """Layout of the output, of probabilities and values of so many bytes an element."""
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, dim, 32 // itemsize])
+
+
+@gluon.constexpr_function
+def left_operand(layout, itemsize):
+    """Layout in registers of what is multiplied from the left into `layout`."""
+    return gl.DotOperandLayout(0, layout, 4 // itemsize)
+
+
+@gluon.jit
+def sum_in_thread(weights):
+    """Sums (64, 4) of those columns of `weights` (64, 64) that one thread holds."""
+    return gl.sum(gl.sum(gl.reshape(weights, [ROWS, 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def _issue_scores(q, k_smem, k_full, step, layout: gl.constexpr):
+    STAGES: gl.constexpr = k_smem.shape[0]
+    stage = step % STAGES
+    element: gl.constexpr = gl.int32 if q.dtype == gl.int8 else gl.float32
+    empty = gl.zeros([ROWS, KEYS], element, layout=layout)
+    mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
+    return warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), empty, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _issue_values(probs, v_smem, v_full, step, acc):
+    """FP8 products are summed apart, since the tensor cores add them up with few bits."""
+    STAGES: gl.constexpr = v_smem.shape[0]
+    stage = step % STAGES
+    mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
+    if v_smem.dtype == gl.float8e4nv:
+        layout: gl.constexpr = acc.type.layout
+        empty = gl.zeros([ROWS, acc.shape[1]], gl.float32, layout=layout)
+        return warpgroup_mma(probs, v_smem.index(stage).permute((1, 0)), empty, use_acc=False, is_async=True)
+    else:
+        return warpgroup_mma(probs, v_smem.index(stage), acc, is_async=True)
+
+
+@gluon.jit
+def _mask_short(scores, is_short, last_size):
+    """-inf for keys past the end, where the tile is the last, short key block."""
+    column = gl.arange(0, KEYS, layout=gl.SliceLayout(0, scores.type.layout))
+    # A loop, since the assembler makes of a branch instructions that every tile executes.
+    for _ in range(is_short.to(gl.int32)):
+        scores = gl.where((column < last_size)[None, :], scores, float("-inf"))
+    return scores
+
+
+@gluon.jit
+def _mask_means(scores, low, high, first, T, last_bias, RAGGED: gl.constexpr):
+    """-inf for means of kept blocks, whose bits in the two words are set; `last_bias` for that of the short block."""
+    column = gl.arange(0, KEYS, layout=gl.SliceLayout(0, scores.type.layout))
+    word = gl.where(column < 32, low, high) >> (column & 31)
+    scores = gl.where(((word & 1) == 0)[None, :], scores, float("-inf"))
+    if RAGGED:
+        for _ in range((first + KEYS >= T).to(gl.int32)):
+            scores += gl.where(first + column == T - 1, last_bias, 0.0)[None, :]
+    return scores
+
+
+@gluon.jit
+def _softmax(scores, peak, factor, bias, FP8: gl.constexpr):
+    """One step of an online softmax in base 2: weights, the new peak, and what sums up to here shrink by.
+
+    With FP8 peaks are whole numbers: codes then do not depend on which tiles came before.
+    """
+    new_peak = gl.max(scores, 1) * factor + bias
+    if FP8:
+        new_peak = gl.ceil(new_peak)
+    new_peak = gl.maximum(peak, new_peak)
+    offset = new_peak - bias
+    if FP8:
+        offset -= LOG2_TOP_CODE
+    return gl.exp2(scores * factor - offset[:, None]), new_peak, gl.exp2(peak - new_peak)
+
+
+@gluon.jit
+def pack_fp8(x):
+    """float32 to FP8 e4m3, four at a time: the compiler packs pairs byte by byte."""
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .b16 low, high;
+        cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
+        cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
+        mov.b32 $0, {low, high};
+        }""",
+        "=r,r,r,r,r", [x], dtype=gl.float8e4nv, is_pure=True, pack=4,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _to_operand(weights, dtype: gl.constexpr, layout: gl.constexpr):
+    """Probabilities as the left operand of the product with the values; moves nothing between threads.
+
+    8-bit ones come in the order in which `triton_low_bit.stored_key` has the values.
+    """
+    if dtype == gl.float8e4nv:
+        weights = gl.permute(gl.reshape(weights, [ROWS, KEYS // 16, 2, 4, 2]), (0, 1, 3, 2, 4))
+        return pack_fp8(gl.convert_layout(gl.reshape(weights, [ROWS, KEYS]), layout))
+    else:
+        return gl.convert_layout(weights.to(dtype), layout)
+
+
+@gluon.jit
+def _as_scores(products):
+    """Products of 8-bit integers as float32, exactly: two instructions that run at full rate, unlike a conversion."""
+    if products.dtype == gl.int32:
+        return (products + INTEGER_BITS).to(gl.float32, bitcast=True) - INTEGER_FLOAT
+    else:
+        return products
+
+
+@gluon.jit
+def stream(
+    acc, peak, q, k_smem, v_smem, k_full, k_empty, v_full, v_empty, step, num_tiles, factor, bias, tile_ptr, scale_ptr,
+    T, last_size, last_bias, MEANS: gl.constexpr, RAGGED: gl.constexpr,
+):  # fmt: skip
+    """Attend to `num_tiles` tiles, at least one, from ring slot `step` on; `finish` waits for the last one's values.
+
+    Args:
+        acc: (64, D) float32 sums of weights times values, in an `out_layout`.
+        peak: (64,) float32 the largest score so far, in base 2; -inf before the first tile.
+        q: (64, D) queries or their codes, in registers.
+        factor: what makes of a product of q and k a score in base 2, but for a code's scale.
+        bias: added to scores in base 2.
+        tile_ptr: the kept blocks' list; for MEANS the words of the block mask.
+        scale_ptr: scales of the key blocks' codes, or None.
+        T: number of key blocks; where num_tiles is as large, none is listed.
+        last_size, last_bias: keys of the last block; what its mean weighs less than others', as a product of q and k.
+
+    Returns:
+        acc, token: sums without the last tile, and its product with the values, for `finish`.
+        held: (64,) what `acc` must be multiplied by before an FP8 product is added.
+        total: (64,) float32 sums of the weights of these tiles.
+        peak: (64,), and the ring slot of the last tile.
+    """
+    STAGES: gl.constexpr = k_smem.shape[0]
+    FP8: gl.constexpr = v_smem.dtype == gl.float8e4nv
+    s_layout: gl.constexpr = scores_layout(k_smem.dtype.primitive_bitwidth // 8)
+    o_layout: gl.constexpr = acc.type.layout
+    o_row_layout: gl.constexpr = gl.SliceLayout(1, o_layout)
+    p_layout: gl.constexpr = left_operand(o_layout, v_smem.dtype.primitive_bitwidth // 8)
+    peak = gl.convert_layout(peak, gl.SliceLayout(1, s_layout))
+    last = T
+    scale = 1.0
+    j = 0
+    low, high = 0, 0
+    if MEANS:
+        low, high = gl.load(tile_ptr), gl.load(tile_ptr + 1)
+    else:
+        listed = num_tiles < T
+        if RAGGED:
+            last = gl.load(tile_ptr + num_tiles - 1, mask=listed, other=T - 1)
+        if scale_ptr is not None:
+            scale = gl.load(scale_ptr + gl.load(tile_ptr, mask=listed, other=0))
+            j = gl.load(tile_ptr + 1, mask=listed & (num_tiles > 1), other=1)
+    token = _issue_scores(q, k_smem, k_full, step, s_layout)
+    scores = _as_scores(warpgroup_mma_wait(0, deps=[token]))
+    mbarrier.arrive(k_empty.index(step % STAGES), count=1)
+    if MEANS:
+        scores = _mask_means(scores, low, high, 0, T, last_bias, RAGGED)
+    elif RAGGED:
+        scores = _mask_short(scores, (num_tiles == 1) & (last == T - 1), last_size)
+    weights, peak, rescale = _softmax(scores, peak, factor * scale, bias, FP8)
+    total = sum_in_thread(weights)
+    sum_layout: gl.constexpr = gl.SliceLayout(1, total.type.layout)
+    held = gl.convert_layout(rescale, o_row_layout)
+    if not FP8:
+        acc = acc * held[:, None]
+    for i in range(1, num_tiles):
+        # What is read from memory here is used after the scores.
+        if MEANS:
+            low, high = gl.load(tile_ptr + 2 * i), gl.load(tile_ptr + 2 * i + 1)
+        elif scale_ptr is not None:
+            scale = gl.load(scale_ptr + j)
+            j = gl.load(tile_ptr + i + 1, mask=listed & (i + 1 < num_tiles), other=gl.minimum(i + 1, T - 1))
+        token = _issue_scores(q, k_smem, k_full, step + 1, s_layout)
+        probs = _to_operand(weights, v_smem.dtype, p_layout)
+        acc_token = _issue_values(probs, v_smem, v_full, step, acc)
+        scores = _as_scores(warpgroup_mma_wait(1, deps=[token]))
+        mbarrier.arrive(k_empty.index((step + 1) % STAGES), count=1)
+        if MEANS:
+            scores = _mask_means(scores, low, high, i * KEYS, T, last_bias, RAGGED)
+        elif RAGGED:
+            scores = _mask_short(scores, (i + 1 == num_tiles) & (last == T - 1), last_size)
+        weights, peak, rescale = _softmax(scores, peak, factor * scale, bias, FP8)
+        added = sum_in_thread(weights)
+        # Here and not where it is needed: a branch keeps the assembler from moving the next wait up to before the
+        # softmax.
+        if i + 1 < num_tiles:
+            mbarrier.wait(k_full.index((step + 2) % STAGES), ((step + 2) // STAGES) & 1)
+        product = warpgroup_mma_wait(0, deps=[acc_token])
+        mbarrier.arrive(v_empty.index(step % STAGES), count=1)
+        if FP8:
+            acc = acc * held[:, None] + product
+            held = gl.convert_layout(rescale, o_row_layout)
+        else:
+            acc = product * gl.convert_layout(rescale, o_row_layout)[:, None]
+        total = total * gl.convert_layout(rescale, sum_layout)[:, None] + added
+        step += 1
+    probs = _to_operand(weights, v_smem.dtype, p_layout)
+    acc_token = _issue_values(probs, v_smem, v_full, step, acc)
+    row_total = gl.convert_layout(gl.sum(total, 1), o_row_layout)
+    return acc, acc_token, held, row_total, gl.convert_layout(peak, o_row_layout), step
+
+
+@gluon.jit
+def finish(acc, token, held, v_smem, v_empty, step):
+    """The sums of `stream` with the last tile's, and the ring slot after it."""
+    product = warpgroup_mma_wait(0, deps=[token])
+    mbarrier.arrive(v_empty.index(step % v_smem.shape[0]), count=1)
+    if v_smem.dtype == gl.float8e4nv:
+        product += acc * held[:, None]
+    return product, step + 1
