@@ -31,11 +31,14 @@ $(VENV)/paper.stamp: pyproject.toml $(VENV)/torch.stamp
 demo: $(VENV)/demo.stamp ## install, then run a video transformer dense and with SLA2 (about three minutes)
 	$(BIN)/python examples/quickstart.py
 
+# A process per core, each with one thread: threads of several would spin on each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
 test: lint ## install, lint, type-check, run the tests
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: lint ## the same with the slow tests
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 coverage: $(VENV)/dev.stamp ## check some 130 models of other libraries and write docs/coverage.md (about fifteen minutes)
 	PYTHONPATH=tests $(BIN)/python tests/families/write_page.py

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
@@ -100,6 +101,16 @@ class CalibrationReport:
         """(site name, sparsity) wherever nothing learned was better than the untrained default."""
         return [(site.name, each.sparsity) for site in self.sites for each in site.results if not each.improved]
 
+    def diverged(self) -> list[str]:
+        """Which forms of which sites gave outputs that are not finite."""
+        return [
+            f"{form} at {site.name}, {_percent(each.sparsity)}"
+            for site in self.sites
+            for each in site.results
+            for form, error in each.errors.items()
+            if error == math.inf
+        ]
+
     def totals(self) -> list[dict[str, Any]]:
         """For each sparsity, the mean error over the sites: before, after, and of every form."""
         totals = []
@@ -147,6 +158,8 @@ class CalibrationReport:
             )
         if missed := self.not_improved():
             lines.append("kept at the untrained start: " + ", ".join(f"{name} at {_percent(s)}" for name, s in missed))
+        if diverged := self.diverged():
+            lines.append("not finite, and so not kept: " + ", ".join(diverged))
         if self.interrupted:
             lines.append("interrupted: " + ("the sites above are calibrated" if self.sites else "no site was finished"))
         if self.skipped:

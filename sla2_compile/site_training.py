@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -121,7 +122,10 @@ def train_site(
 def held_out_error(
     parameters: LearnedParameters | None, entry: Entry, samples: Sequence[Sample], device: torch.device
 ) -> float:
-    """Relative L2 error of the op itself against dense attention over all samples; None is the untrained router."""
+    """Relative L2 error of the op itself against dense attention over all samples; None is the untrained router.
+
+    Infinite where the output is not finite, so that what diverged in training never compares as the best.
+    """
     difference = total = 0.0
     for stored in samples:
         sample = stored.to(device)
@@ -129,6 +133,8 @@ def held_out_error(
         out = run_op(parameters, entry, sample)
         difference += (out.double() - sample.dense.double()).square().sum().item()
         total += sample.dense.double().square().sum().item()
+    if not math.isfinite(difference):
+        return math.inf
     return (difference / total) ** 0.5 if total > 0 else 0.0
 
 

@@ -33,6 +33,7 @@ from sla2_compile.kernels.token_order import tile_order
 from sla2_compile.learned_state import LearnedParameters
 from sla2_compile.passes.pipeline import convert
 from sla2_compile.prepare import owner_state, prepare
+from sla2_compile.site_training import train_site
 from sla2_compile.sparsity_budget import Choice, spread_budget
 
 # `sla2_compile.calibrate` is the function.
@@ -84,6 +85,22 @@ def test_the_held_out_error_falls_and_the_models_own_weights_do_not_move() -> No
     assert all(parameter.grad is None for parameter in model.parameters())
     x = batches()[0]
     assert torch.equal(model(x), plain(x))
+
+
+def test_what_diverged_is_named_and_never_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    train = train_site
+
+    def train_and_break_one(learners: Any, *args: Any) -> None:
+        train(learners, *args)
+        broken = next(each for each in learners if (each.entry.tail, each.entry.mixing) == ("pooled", "row"))
+        for parameters in broken.candidates():
+            parameters.alpha_gain.data.fill_(torch.nan)
+
+    monkeypatch.setattr(sys.modules["sla2_compile.calibrate"], "train_site", train_and_break_one)
+    report = run(sharp(Blocks()))
+    assert all(each.form not in ("pooled, row", "untrained") for site in report.sites for each in site.results)
+    assert len(report.diverged()) == 2
+    assert "not finite, and so not kept: pooled, row at" in str(report)
 
 
 def test_the_error_in_the_report_is_that_of_the_compiled_model() -> None:
