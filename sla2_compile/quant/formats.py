@@ -13,6 +13,12 @@ FP8_MAX = 448.0
 INT8_MAX = 127.0
 
 
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What scales, sums and softmax statistics of tensors of a floating dtype are computed in: at least float32."""
+    # In plain Python, since Dynamo cannot call torch.promote_types while a graph is being exported.
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def round_to_format(x: Tensor, number_format: str) -> Tensor:
     """Values already scaled to the format's range, rounded to its codes; same dtype, gradient not defined."""
     if number_format == "int8":
@@ -36,7 +42,7 @@ def quantize_dequantize(x: Tensor, number_format: str, dims: tuple[int, ...]) ->
     limit = INT8_MAX if number_format == "int8" else FP8_MAX
     with torch.no_grad():
         # In 16 bits the scale itself would be rounded.
-        values = x.to(torch.promote_types(x.dtype, torch.float32))
+        values = x.to(statistics_dtype(x.dtype))
         scale = values.abs().amax(dims, keepdim=True) / limit
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))
         rounded = (round_to_format(values / scale, number_format) * scale).to(x.dtype)

@@ -1,0 +1,136 @@
+"""The CUDA forward as operations that AOTInductor can put into a package, Triton kernels included.
+
+It calls the launchers of the eager forward through twins whose kernels `torch.library.wrap_triton` shows to the tracer.
+Pointers only: neither tensor descriptors nor Gluon kernels can be packaged. Twin: `cuda_forward.py`. Inference only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+from typing import Any, TypeVar
+
+import torch
+import triton
+from torch import Tensor
+from torch.library import wrap_triton
+from triton.runtime.jit import JITFunction
+
+from sla2_compile.kernels import triton_linear_state, triton_means, triton_mixture, triton_router
+from sla2_compile.kernels.blocked_routing import kept_block_mask, route_means
+from sla2_compile.kernels.blocks import num_blocks
+from sla2_compile.kernels.hardware import shared_memory
+from sla2_compile.kernels.reference import split_blocks
+from sla2_compile.kernels.settings import Settings, empty_output, empty_saved
+from sla2_compile.kernels.triton_mixture import Outputs, TailMeans, attention_config
+from sla2_compile.kernels.triton_token_order import visiting_order
+
+Launcher = TypeVar("Launcher")
+
+# Newer tracers follow every way through a kernel's data flow to find what it writes: 3 ** 32 ways in the router's.
+ROUTER_IS_TRACEABLE = torch.__version__ < "2.12"
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    proj_q: Tensor | None,
+    proj_k: Tensor | None,
+    alpha_logit: Tensor | None,
+    alpha_gain: Tensor | None,
+    settings: Settings,
+) -> Tensor:
+    """(B, H, N, D) over (B, N, H, D) storage; see `ops.py` for the arguments. Lengths are numbers.
+
+    Raises:
+        NotImplementedError: low-bit formats, or a scale that is not positive.
+    """
+    if settings.qk_format is not None or settings.pv_format is not None:
+        raise NotImplementedError(
+            "qk_format, pv_format: expected None in a CUDA package, got a low-bit format"
+        )
+    if settings.scale <= 0:
+        raise NotImplementedError(f"scale: expected a positive number in a CUDA package, got {settings.scale}")
+    q_len, kv_len = q.shape[2], k.shape[2]
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    out = empty_output(q)
+    sparse_lse, tail_lse, kept = empty_saved(q, k, settings)
+    order = traceable(visiting_order)(settings, kv_len, q.device)
+    real = None if attn_mask is None else attn_mask.expand(q.shape[0], 1, 1, kv_len).flatten(1).contiguous()
+    block_means = traceable(triton_means.block_means)
+    q_means = block_means(q, settings.block_q, real=None, order=order)
+    k_means = block_means(k, settings.block_k, real=real, order=order)
+    has_tail = kept.shape[3] - 1 < k_means.n.shape[1]
+    v_bar = block_means(v, settings.block_k, real=real, order=order).rounded if has_tail else k_means.rounded
+    kept, bits = _route(q_means.mean, k_means, proj_q, proj_k, kept, q_len, kv_len, settings)
+    k_mean = linear = None
+    if has_tail and settings.tail == "linear":
+        weight = k_means.n.unsqueeze(1).unsqueeze(3)
+        k_mean = (k_means.mean * weight).sum(2) / weight.sum(2).clamp(min=1)
+        linear = traceable(triton_linear_state.linear_states)(
+            k, v, bits, k_means.n, k_mean, real, order, settings, shared_memory(q.device)
+        )
+    config = attention_config(max(16, triton.next_power_of_2(q.shape[3])), q.element_size(), q.device)
+    traceable(triton_mixture.attention)(
+        Outputs(out, None, sparse_lse, tail_lse),
+        q,
+        k,
+        v,
+        kept,
+        bits,
+        TailMeans(k_means.rounded, v_bar, k_means.n, k_mean),
+        linear,
+        alpha_logit,
+        alpha_gain,
+        real,
+        order,
+        settings,
+        dataclasses.replace(config, copy_engine=False),
+    )
+    return out
+
+
+def _route(
+    q_bar: Tensor,
+    k_means: triton_means.BlockMeans,
+    proj_q: Tensor | None,
+    proj_k: Tensor | None,
+    kept: Tensor,
+    q_len: int,
+    kv_len: int,
+    settings: Settings,
+) -> tuple[Tensor, Tensor]:
+    """The kept key blocks as `empty_saved` describes them, and as bits."""
+    if not ROUTER_IS_TRACEABLE:
+        kept = route_means(q_bar, k_means.mean, k_means.n, proj_q, proj_k, q_len, kv_len, settings)
+        return kept, _pack_bits(kept_block_mask(kept, num_blocks(kv_len, settings.block_k)))
+    return kept, traceable(triton_router.route)(
+        q_bar, k_means.mean, k_means.n, proj_q, proj_k, kept, q_len, kv_len, settings
+    )
+
+
+def _pack_bits(mask: Tensor) -> Tensor:
+    """(..., T) bool as (..., W) int32: bit j % 32 of word j // 32."""
+    words = split_blocks(mask.long()[..., None], 32)[..., 0] << torch.arange(32, device=mask.device)
+    return words.sum(-1).int()
+
+
+@functools.cache
+def traceable(launcher: Launcher) -> Launcher:
+    """A launcher, and what it calls beside it, with kernels that a tracer sees. In Triton's interpreter, the same."""
+    assert isinstance(launcher, types.FunctionType)
+    names = dict(launcher.__globals__)
+    twin: Any = types.FunctionType(
+        launcher.__code__, names, launcher.__name__, launcher.__defaults__, launcher.__closure__
+    )
+    twin.__kwdefaults__ = launcher.__kwdefaults__
+    for name in launcher.__code__.co_names:
+        value = names.get(name)
+        if isinstance(value, JITFunction):
+            names[name] = wrap_triton(value)
+        elif isinstance(value, types.FunctionType) and value.__module__.startswith("sla2_compile.kernels.triton_"):
+            names[name] = traceable(value)
+    return twin
