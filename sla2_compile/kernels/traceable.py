@@ -53,7 +53,7 @@ def forward(
     (batch, heads, q_len, dim), (_, key_heads, kv_len, _) = q.shape, k.shape
     # With a mask a row may see nothing, for which this operator has no zero.
     if attn_mask is None and _keeps_everything(kv_len, settings):
-        return _tokens_first(
+        return tokens_first(
             F.scaled_dot_product_attention(q, k, v, scale=settings.scale, enable_gqa=heads != key_heads)
         )
     flat, group = batch * key_heads, heads // key_heads
@@ -81,7 +81,7 @@ def forward(
     shared = {"proj_q": proj_q, "proj_k": proj_k, **exact, "q_len": q_len, "kv_len": kv_len}
     out = _map_heads(one_head, per_head, shared) if loop else _batch_heads(one_head, per_head, shared)
     out = out.view(batch, heads, rows * settings.block_q, dim)[:, :, :q_len]
-    return _tokens_first(out if inputs.order is None else out[:, :, inverse_order(inputs.order)])
+    return tokens_first(out if inputs.order is None else out[:, :, inverse_order(inputs.order)])
 
 
 def _keeps_everything(kv_len: int, settings: Settings) -> bool:
@@ -90,7 +90,7 @@ def _keeps_everything(kv_len: int, settings: Settings) -> bool:
     return statically_known_true(keeps_all) and settings.qk_format is None and settings.pv_format is None
 
 
-def _tokens_first(x: Tensor) -> Tensor:
+def tokens_first(x: Tensor) -> Tensor:
     """`x` (B, H, N, D) over (B, N, H, D) storage, which models read next."""
     # A copy in any case: asking whether one is needed would fix a symbolic length.
     return x.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
