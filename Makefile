@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format bench bench-model bench-cpu clean
+.PHONY: help demo test test-all lint format bench bench-model bench-cpu paper-table clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -22,6 +22,10 @@ $(VENV)/demo.stamp: pyproject.toml $(VENV)/torch.stamp
 
 $(VENV)/dev.stamp: pyproject.toml $(VENV)/torch.stamp
 	$(PIP) --editable '.[dev]'
+	@touch $@
+
+$(VENV)/paper.stamp: pyproject.toml $(VENV)/torch.stamp
+	$(PIP) --editable '.[gpu,paper]'
 	@touch $@
 
 demo: $(VENV)/demo.stamp ## install, then run a video transformer dense and with SLA2 (about three minutes)
@@ -50,6 +54,11 @@ bench-model: $(VENV)/dev.stamp ## time and memory of one Wan2.1-1.3B denoising s
 
 bench-cpu: $(VENV)/dev.stamp ## time and memory of the op against dense attention on this CPU
 	$(BIN)/python benchmarks/cpu_attention.py
+
+paper-table: $(VENV)/paper.stamp ## 25 minutes of the paper's comparison on this GPU; again until it is done (ARGS=--tiny: CPU)
+	$(BIN)/python -m examples.paper_table pictures $(ARGS)
+	$(BIN)/python -m examples.paper_table run --budget-seconds 1500 $(ARGS)
+	$(BIN)/python -m examples.paper_table report $(ARGS)
 
 clean: ## remove the virtual environment, builds and caches
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

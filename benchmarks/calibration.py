@@ -4,23 +4,21 @@ Random weights, a batch per timestep. What is measured on the layers that are th
 full model over those measured, and the forward passes that the full model needs besides are added; all is printed. On a
 CPU choose tiny sizes:
 
-    python benchmarks/calibration.py
-    python benchmarks/calibration.py --device cpu --heads 2 --head-dim 32 --tokens 1024 --steps 20 --batches 4
+    python -m benchmarks.calibration
+    python -m benchmarks.calibration --device cpu --heads 2 --head-dim 32 --tokens 1024 --steps 20 --batches 4
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.machine import RESULTS, describe_machine, save_record
 from sla2_compile.calibrate import calibrate
 from sla2_compile.config import SLA2Config
 
@@ -78,7 +76,7 @@ def main() -> None:
     parser.add_argument("--forms", choices=("all", "default"), default="all", help="tails and mixings to compare")
     parser.add_argument("--memory-gib", type=float, default=32.0, help="bound of the captured samples (default: 32)")
     parser.add_argument("--store", choices=("host", "device"), default="host", help="where samples wait")
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--save", action="store_true", help="write the figures to results/calibration.json")
     args = parser.parse_args()
 
     device = torch.device(args.device)
@@ -119,11 +117,10 @@ def main() -> None:
     passes = args.batches * forward * scale * num_groups
     scaled = report.seconds * scale + passes
     peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    machine = describe_machine("benchmarks.calibration", device)
     figures = {
-        "device": name,
-        "torch": torch.__version__,
-        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
+        "machine": machine,
+        "settings": vars(args),
         "forward_seconds": forward,
         "measured_seconds": report.seconds,
         "full_groups": num_groups,
@@ -133,7 +130,8 @@ def main() -> None:
         "peak_gib": peak,
     }
     print(
-        f"{name}: {args.layers} layers of {args.heads} heads of {args.head_dim}, {args.tokens} tokens, {dtype}\n"
+        f"{machine['device']}: {args.layers} layers of {args.heads} heads of {args.head_dim}, {args.tokens} tokens, "
+        f"{dtype}\n"
         f"measured {report.seconds:.1f} s for {args.layers} layers and {len(args.sparsity)} sparsities, one forward "
         f"{forward:.3f} s\n"
         f"scaled to {args.full_layers} layers: {report.seconds * scale:.0f} s, and {passes:.0f} s more of forward "
@@ -141,8 +139,8 @@ def main() -> None:
         f"{scaled / 60 / len(args.sparsity):.1f} per sparsity"
         + ("" if peak is None else f"; peak {peak:.1f} GiB on the device")
     )
-    if args.json:
-        args.json.write_text(json.dumps(figures, indent=1))
+    if args.save:
+        save_record(RESULTS / "calibration.json", figures)
 
 
 if __name__ == "__main__":

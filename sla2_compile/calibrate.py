@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import torch
@@ -185,11 +186,13 @@ def _split(inputs: list[Any], held_out_ratio: float) -> tuple[list[Any], list[An
 
 
 def _bar(progress: bool, total: int, unit: str, **kwargs: Any) -> AbstractContextManager[Any]:
+    if not progress:
+        return nullcontext(SimpleNamespace(update=lambda: None))
     try:
         from tqdm.auto import tqdm
     except ImportError as error:
         raise ImportError("calibrate: expected tqdm for its progress; pip install 'sla2-compile[calibrate]'") from error
-    return tqdm(total=total, unit=unit, desc="calibrate", disable=not progress, **kwargs)
+    return tqdm(total=total, unit=unit, desc="calibrate", **kwargs)
 
 
 def _calibrate_site(

@@ -35,6 +35,8 @@ class SLA2Config:
         feature_map: phi of the linear tail, applied over the head dimension.
         qk_format: number format of Q K^T in the sparse branch; None is the inputs' own.
         pv_format: number format of P V in the sparse branch; None is the inputs' own.
+        fake_quant: round to the formats but compute in wider arithmetic, which any device can, instead of with the
+            device's low-bit kernels. Gradients are the same.
         tail: what stands for the blocks that are not kept: softmax over their means ("pooled") or linear attention.
         mixing: weight of the sparse branch: from each row's own probability mass ("row") or a logit per block.
         token_grid: (frames, height, width) of the video part of the sequence; its tokens are then visited in
@@ -61,6 +63,7 @@ class SLA2Config:
     feature_map: FeatureMap = "softmax"
     qk_format: QKFormat | None = None
     pv_format: PVFormat | None = None
+    fake_quant: bool = False
     tail: Tail = "pooled"
     mixing: Mixing = "row"
     token_grid: tuple[int, int, int] | None = None
@@ -83,6 +86,7 @@ class SLA2Config:
         _check_choice(self, "feature_map", get_args(FeatureMap), "the paper's is 'softmax'")
         _check_choice(self, "qk_format", (None, *get_args(QKFormat)), "None computes in the inputs' own format")
         _check_choice(self, "pv_format", (None, *get_args(PVFormat)), "None computes in the inputs' own format")
+        _check_choice(self, "fake_quant", (False, True), "True rounds to the formats without low-bit kernels")
         _check_choice(self, "tail", get_args(Tail), "the default is 'pooled', the paper's is 'linear'")
         _check_choice(self, "mixing", get_args(Mixing), "the default is 'row', the paper's is 'block'")
         _check_choice(self, "strict", (False, True), "True raises where a site cannot be converted")

@@ -47,7 +47,7 @@ class SiteReport:
         return {
             "name": site.name,
             "verdict": site.verdict,
-            "reason": site.reason,
+            "reason": ", ".join(part for part in (site.reason, site.formats) if part),
             "q_shape": tuple(size_hint(size) for size in site.q_shape),
             "kv_len": size_hint(site.kv_len),
             "requested_sparsity": site.requested_sparsity,

@@ -93,4 +93,5 @@ def config_arguments(config: SLA2Config) -> dict[str, Any]:
         "token_grid": None if config.token_grid is None else list(config.token_grid),
         "exact_prefix": config.exact_prefix,
         "exact_suffix": config.exact_suffix,
+        "fake_quant": config.fake_quant,
     }

@@ -12,12 +12,12 @@ import functools
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from sla2_compile.config import Mixing, SLA2Config, Tail
+from sla2_compile.config import Mixing, PVFormat, QKFormat, SLA2Config, Tail
 
 NUM_TENSORS = 4
 
@@ -70,16 +70,32 @@ class CallSettings:
 
 
 @dataclass(frozen=True)
+class LowBit:
+    """The low-bit formats that a model is trained for, or runs in; see `SLA2QATConfig`.
+
+    Args:
+        qk_format, pv_format: as in `SLA2Config`, at least one of them not None.
+        step: "prepare" rounds to the formats in wider arithmetic, "convert" runs the device's low-bit kernels.
+    """
+
+    qk_format: QKFormat | None
+    pv_format: PVFormat | None
+    step: Literal["prepare", "convert"]
+
+
+@dataclass(frozen=True)
 class OwnerSettings:
     """What the parameters of an `OwnerState` mean. Equal for equal blocks, so that they can share compiled code.
 
     Args:
         num_calls: attention calls of any kind in one call of the owner.
         calls: those that have learned state.
+        low_bit: the formats of these calls; None leaves them to the options of torch.compile.
     """
 
     num_calls: int
     calls: tuple[CallSettings, ...]
+    low_bit: LowBit | None = None
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
@@ -98,7 +114,8 @@ class OwnerSettings:
             )
             for call in data["calls"]
         )
-        return OwnerSettings(num_calls=data["num_calls"], calls=calls)
+        low_bit = data.get("low_bit")
+        return OwnerSettings(data["num_calls"], calls, None if low_bit is None else LowBit(**low_bit))
 
 
 def calibration_context(config: SLA2Config) -> tuple[tuple[str, Any], ...]:
@@ -191,7 +208,7 @@ class OwnerState(nn.Module):
             for entry in each.entries:
                 name = each.module_name(entry)
                 self.add_module(name, new[name] if each is call else modules[name])
-        self.text = OwnerSettings(self.settings.num_calls, calls).to_json()
+        self._change(calls=calls)
 
     def set_default(self, ordinal: int, sparsity_units: int) -> None:
         """Choose the sparsity that a call runs at where the user asks for none."""
@@ -199,7 +216,14 @@ class OwnerState(nn.Module):
             dataclasses.replace(call, default_units=sparsity_units) if call.ordinal == ordinal else call
             for call in self.settings.calls
         )
-        self.text = OwnerSettings(self.settings.num_calls, calls).to_json()
+        self._change(calls=calls)
+
+    def set_low_bit(self, low_bit: LowBit | None) -> None:
+        """Choose the formats of all calls; None leaves them to the options of torch.compile."""
+        self._change(low_bit=low_bit)
+
+    def _change(self, **fields: Any) -> None:
+        self.text = dataclasses.replace(self.settings, **fields).to_json()
 
     # A tensor, so that every checkpoint format can hold it; without it a checkpoint would lose which form was learned.
     def get_extra_state(self) -> Tensor:
@@ -223,7 +247,9 @@ class OwnerState(nn.Module):
         for name, child in self.named_children():
             logit = state_dict.get(f"{prefix}{name}.alpha_logit")
             assert isinstance(child, LearnedParameters)
-            if logit is not None and logit.dim() == 2 and logit.shape[0] == child.alpha_logit.shape[0]:
+            if logit is None or logit.shape == child.alpha_logit.shape:
+                continue  # the same parameter stays, which an optimizer may hold
+            if logit.dim() == 2 and logit.shape[0] == child.alpha_logit.shape[0]:
                 child.alpha_logit = nn.Parameter(child.alpha_logit.new_zeros(logit.shape))
 
 

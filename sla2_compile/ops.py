@@ -23,9 +23,9 @@ from sla2_compile.validation import check_attention_arguments, check_settings
 
 _SETTINGS = (
     "float scale, int sparsity_units, int block_q, int block_k, str feature_map, str? qk_format, str? pv_format, "
-    "str tail, str mixing, SymInt[]? token_grid, SymInt exact_prefix, SymInt exact_suffix"
+    "str tail, str mixing, SymInt[]? token_grid, SymInt exact_prefix, SymInt exact_suffix, bool fake_quant=False"
 )
-_SETTINGS_NAMES = tuple(part.split()[-1] for part in _SETTINGS.split(", "))
+_SETTINGS_NAMES = tuple(part.split()[-1].partition("=")[0] for part in _SETTINGS.split(", "))
 
 _library = torch.library.Library("sla2", "DEF")
 _library.define(
@@ -33,7 +33,7 @@ _library.define(
     "Tensor? alpha_logit=None, Tensor? alpha_gain=None, *, float? scale=None, bool enable_gqa=False, "
     "int sparsity_units=750000, int block_q=128, int block_k=64, str feature_map='softmax', str? qk_format=None, "
     "str? pv_format=None, str tail='pooled', str mixing='row', SymInt[]? token_grid=None, SymInt exact_prefix=0, "
-    "SymInt exact_suffix=0) -> Tensor"
+    "SymInt exact_suffix=0, bool fake_quant=False) -> Tensor"
 )
 _library.define(
     "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor? proj_q, Tensor? proj_k, "
@@ -48,14 +48,16 @@ _library.define(
 
 
 def settings_of(values: tuple[Any, ...]) -> Settings:
-    return Settings(**dict(zip(_SETTINGS_NAMES, values, strict=True)))
+    # The dispatcher leaves out a last argument that is its default.
+    return Settings(**dict(zip(_SETTINGS_NAMES[: len(values)], values, strict=True)))
 
 
 # The precision of every step is the implementation's own choice, so autocast must not reach inside.
 def _forward(*args: Any) -> tuple[Tensor, ...]:
     device = args[0].device
     with torch.autocast(device.type, enabled=False):
-        return forward_of(device)(*args[:9], settings_of(args[9:]))
+        settings = settings_of(args[9:])
+        return forward_of(device, only_rounds=settings.only_rounds)(*args[:9], settings)
 
 
 def _backward(*args: Any) -> tuple[Tensor, ...]:
@@ -217,6 +219,7 @@ def forward_arguments(
     token_grid: list[int] | None = None,
     exact_prefix: int = 0,
     exact_suffix: int = 0,
+    fake_quant: bool = False,
 ) -> tuple[Any, ...]:
     """What `sla2::attention_forward` takes for these arguments of `sla2::attention`, which are checked here."""
     if "torch.distributed.tensor" in sys.modules:
@@ -225,12 +228,13 @@ def forward_arguments(
     check_settings(
         sparsity_units=sparsity_units, token_grid=token_grid, exact_prefix=exact_prefix, exact_suffix=exact_suffix,
         block_q=block_q, block_k=block_k, feature_map=feature_map, qk_format=qk_format, pv_format=pv_format,
-        tail=tail, mixing=mixing,
+        tail=tail, mixing=mixing, fake_quant=fake_quant,
     )  # fmt: skip
     check_attention_arguments(
         q, k, v, attn_mask, proj_q, proj_k, alpha_logit, alpha_gain,
         enable_gqa=enable_gqa, mixing=mixing, token_grid=token_grid,
-        exact_prefix=exact_prefix, exact_suffix=exact_suffix, number_formats=(qk_format, pv_format),
+        exact_prefix=exact_prefix, exact_suffix=exact_suffix,
+        number_formats=(None, None) if fake_quant else (qk_format, pv_format),
     )  # fmt: skip
     statistics = statistics_dtype(q.dtype)
     if alpha_logit is not None:
@@ -242,7 +246,7 @@ def forward_arguments(
     return (
         q, k, v, attn_mask, proj_q, proj_k, alpha_logit, alpha_gain, needs_grad,
         q.shape[3] ** -0.5 if scale is None else scale, sparsity_units, block_q, block_k, feature_map,
-        qk_format, pv_format, tail, mixing, token_grid, exact_prefix, exact_suffix,
+        qk_format, pv_format, tail, mixing, token_grid, exact_prefix, exact_suffix, fake_quant,
     )  # fmt: skip
 
 

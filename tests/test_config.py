@@ -18,6 +18,7 @@ def test_the_defaults_are_cautious_and_full_precision() -> None:
         "feature_map": "softmax",
         "qk_format": None,
         "pv_format": None,
+        "fake_quant": False,
         "tail": "pooled",
         "mixing": "row",
         "token_grid": None,

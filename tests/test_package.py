@@ -83,6 +83,37 @@ def test_importing_the_package_loads_no_optional_dependency() -> None:
     assert not loaded & {"triton", "torchao", "diffusers", "transformers", "matplotlib", "onnx", "sklearn"}
 
 
+def test_the_name_in_quant_loads_torchao_only_when_it_is_used() -> None:
+    code = "import sys, sla2_compile.quant as q; print('torchao' in sys.modules, callable(q.SLA2QATConfig))"
+    pytest.importorskip("torchao")
+    assert run_python(code).splitlines()[-1] == "False True"
+
+
+def test_a_name_that_quant_does_not_have_is_an_attribute_error() -> None:
+    assert run_python("import sla2_compile.quant as q; print(hasattr(q, 'QATConfig'))") == "False"
+
+
+def test_without_torchao_its_name_says_what_to_install() -> None:
+    code = (
+        "import sys; sys.modules['torchao'] = None\nimport sla2_compile.quant as q\n"
+        "try: q.SLA2QATConfig\nexcept ImportError as error: print(error)"
+    )
+    assert run_python(code) == "SLA2QATConfig: expected torchao; pip install 'sla2-compile[quant]'"
+
+
+def test_importing_quant_through_the_symlink_is_an_error_that_names_the_right_import() -> None:
+    # It has an __init__.py, so a checkout on the path does hide another package of this name.
+    code = "try: import quant\nexcept ImportError as error: print(error)"
+    assert run_python(code).startswith("expected the import of sla2_compile.quant, got 'quant'")
+
+
+def test_only_quant_has_an_init_file_because_no_other_package_we_meet_has_its_name() -> None:
+    assert [name for name in ("passes", "kernels", "quant") if (ROOT / name / "__init__.py").exists()] == ["quant"]
+    # Nothing that is installed beside us brings, or could be looking for, a package called quant.
+    code = "import sys; sys.path.remove(''); import importlib.util as u; print(u.find_spec('quant'))"
+    assert run_python(code) == "None"
+
+
 def test_the_symlink_at_the_root_does_not_pass_for_the_package_named_kernels() -> None:
     code = "import importlib.util as u; spec = u.find_spec('kernels'); print(spec is None or spec.origin)"
     # None: a folder without __init__.py, which any real package of that name outranks.

@@ -32,6 +32,7 @@ def _fresh_dynamo() -> None:
 
 
 def prepared_blocks() -> Blocks:
+    torch.manual_seed(0)
     model = prepare(Blocks(), tokens(), config=SMALL)
     randomize(model)
     return model
@@ -485,6 +486,13 @@ def test_a_state_dict_carries_calibrated_state_into_a_model_that_is_only_prepare
     fresh.load_state_dict(copy.deepcopy(model.state_dict()))
     assert owner_state(fresh.blocks[0]).settings == owner_state(model.blocks[0]).settings
     assert torch.equal(compile_aot(fresh)(tokens()), compile_aot(model)(tokens()))
+
+
+def test_resuming_from_a_state_dict_keeps_the_parameters_that_an_optimizer_holds() -> None:
+    model = prepared_blocks()
+    held = dict(model.named_parameters())
+    model.load_state_dict(copy.deepcopy(model.state_dict()))
+    assert all(parameter is held[name] for name, parameter in model.named_parameters())
 
 
 def test_a_checkpoint_without_its_router_or_a_model_without_one_is_refused() -> None:

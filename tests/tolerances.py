@@ -28,6 +28,13 @@ LOW_BIT = {
 # made of differences between the branches' outputs, in which the error weighs more.
 LOW_BIT_GRADIENT = {"out": 6e-2, "q": 3e-2, "k": 3e-2, "v": 3e-2, "alpha_logit": 2e-1, "alpha_gain": 2e-1}
 
+# Relative L2 of fake-quantised outputs against those of the low-bit kernels: the same codes but for ties.
+FAKE_QUANT = 1e-3
+
+# Relative L2 of directional derivatives against finite differences of the rounded output, both averaged over jittered
+# inputs: what a few samples of the jitter leave, twice what was seen.
+EXPECTED_GRADIENT = 5e-2
+
 # Relative L2 of dense attention against float64: two units in the last place of the dtype.
 DENSE = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 

@@ -22,9 +22,9 @@ def implementation(device: torch.device) -> Implementation:
     return "triton" if device.type == "cuda" and missing_for_triton(device) is None else "blocked"
 
 
-def forward_of(device: torch.device) -> Callable[..., tuple[Tensor, ...]]:
-    """The implementation of `sla2::attention_forward` on a device."""
-    if implementation(device) == "blocked":
+def forward_of(device: torch.device, *, only_rounds: bool = False) -> Callable[..., tuple[Tensor, ...]]:
+    """The implementation of `sla2::attention_forward` on a device, or the one that rounds to formats on any device."""
+    if only_rounds or implementation(device) == "blocked":
         return blocked.forward
     from sla2_compile.kernels import cuda_forward
 

@@ -27,6 +27,12 @@ class Settings:
     token_grid: list[int] | None
     exact_prefix: int
     exact_suffix: int
+    fake_quant: bool = False
+
+    @property
+    def only_rounds(self) -> bool:
+        """Whether formats are to be rounded to, and not to be run by the device's low-bit kernels."""
+        return self.fake_quant and (self.qk_format is not None or self.pv_format is not None)
 
     @property
     def smooths_keys(self) -> bool:

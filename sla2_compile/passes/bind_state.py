@@ -5,7 +5,8 @@
     ->  ... %out = call_function[sla2.attention](%q, %k, %v, %mask, %proj_q, %proj_k, %alpha_logit, %alpha_gain, ...)
 
 A marker and the attention calls of one call of its owner were traced in the same module call; the n-th of these is the
-n-th the state knows. The state also brings its sparsity, where the user chose none, its tail and its mixing.
+n-th the state knows. The state also brings its sparsity and low-bit formats, where the user chose none, its tail and
+its mixing.
 """
 
 from __future__ import annotations
@@ -20,10 +21,19 @@ from torch.fx import GraphModule, Node
 import sla2_compile.bind_op  # noqa: F401  (registers the marker)
 from sla2_compile.config import SPARSITY_UNIT, SLA2Config
 from sla2_compile.functional import config_arguments
-from sla2_compile.learned_state import CallSettings, Entry, OwnerSettings, calibration_context, marked_tensors
+from sla2_compile.learned_state import (
+    CallSettings,
+    Entry,
+    LowBit,
+    OwnerSettings,
+    calibration_context,
+    marked_tensors,
+)
 from sla2_compile.passes.edit_graph import nested_graph
 from sla2_compile.passes.find_attention import walk
 from sla2_compile.passes.sites import Binding, Site
+
+_FORMATS = ("qk_format", "pv_format")
 
 
 @dataclass
@@ -118,10 +128,11 @@ def _bind(
     """Move one call's state onto its attention; what the user should know about it."""
     assert site.config is not None
     assert site.binding is not None
-    entry, config = call.entries[0], site.config
-    problems: list[str] = []
+    entry = call.entries[0]
+    config, problems = _with_formats(site, settings.low_bit)
     if call.is_calibrated:
-        entry, config, problems = _choose(site, call, sparsity_is_default)
+        entry, config, unfit = _choose(site, config, call, sparsity_is_default, settings.low_bit)
+        problems += unfit
     tensors = marked_tensors(settings, list(marked.marker.args[1]), call, entry)  # type: ignore[arg-type]
     if site.owner is not marked.owner:
         carried = [_carry_into(x, marked.owner, site.owner, gm) for x in tensors]
@@ -160,10 +171,26 @@ def _carry_into(value: Node, source: GraphModule, target: GraphModule, gm: Graph
     return None
 
 
-def _choose(site: Site, call: CallSettings, sparsity_is_default: bool) -> tuple[Entry, SLA2Config, list[str]]:
-    """The entry for a site, its config with what the entry decides, and what does not fit."""
+def _with_formats(site: Site, low_bit: LowBit | None) -> tuple[SLA2Config, list[str]]:
+    """The site's config with the formats of its state, where the user gave none; and where the two contradict."""
     config = site.config
     assert config is not None
+    if low_bit is None:
+        return config, []
+    given, trained = (config.qk_format, config.pv_format), (low_bit.qk_format, low_bit.pv_format)
+    if given not in ((None, None), trained):
+        return config, [
+            f"{site.name}: its state has the formats qk_format={trained[0]!r}, pv_format={trained[1]!r}, and is used "
+            f"with {given[0]!r}, {given[1]!r}; leave them out of the options, or change the state with SLA2QATConfig"
+        ]
+    fake_quant = config.fake_quant or low_bit.step == "prepare"
+    return dataclasses.replace(config, qk_format=trained[0], pv_format=trained[1], fake_quant=fake_quant), []
+
+
+def _choose(
+    site: Site, config: SLA2Config, call: CallSettings, sparsity_is_default: bool, low_bit: LowBit | None
+) -> tuple[Entry, SLA2Config, list[str]]:
+    """The entry for a site, its config with what the entry decides, and what does not fit."""
     units = config.sparsity_units
     if sparsity_is_default and not site.has_own_sparsity and call.default_units is not None:
         units = call.default_units
@@ -177,7 +204,8 @@ def _choose(site: Site, call: CallSettings, sparsity_is_default: bool) -> tuple[
         )
     now = dict(calibration_context(config))
     for name, value in call.context:
-        if now[name] != value:
+        # Formats that were chosen after the calibration, to train for them, are no surprise.
+        if now[name] != value and (low_bit is None or name not in _FORMATS):
             problems.append(
                 f"{site.name}: its state was calibrated with {name}={value!r}, and is used with {now[name]!r}"
             )

@@ -90,6 +90,15 @@ class Site:
         return self.config.sparsity if self.config is not None and self.verdict == "sla2" else 0.0
 
     @property
+    def formats(self) -> str:
+        """Low-bit formats of Q K^T and P V, "" where there are none."""
+        if self.config is None or self.verdict == "dense":
+            return ""
+        formats = (("QK", self.config.qk_format), ("PV", self.config.pv_format))
+        named = [f"{product} {name}" for product, name in formats if name is not None]
+        return ", ".join(named) + (" (fake-quantised)" if named and self.config.fake_quant else "")
+
+    @property
     def has_own_sparsity(self) -> bool:
         """Whether a pattern of the config chose its sparsity."""
         patterns = () if self.config is None else self.config.site_sparsity

@@ -1,0 +1,89 @@
+"""Build the table in pieces:
+
+    python -m examples.paper_table pictures                      # once, where the packages that ship them are installed
+    python -m examples.paper_table plan                          # what is done, what is missing, and how long it takes
+    python -m examples.paper_table run --budget-seconds 540 --bundle DIR      # as many jobs as the time allows
+    python -m examples.paper_table collect DIR                   # take in what a run on another machine brought back
+    python -m examples.paper_table report                        # write docs/paper_table.md
+
+`--tiny` does the same in a size that shows that everything runs; its numbers mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from examples.paper_table.context import Context
+from examples.paper_table.presets import FULL, TINY, Preset
+from examples.paper_table.schedule import all_jobs, pending, run_jobs
+from examples.paper_table.storage import HERE, Storage
+from examples.video_dit.photographs import gather, pack
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--tiny", action="store_true", help="the size for a CPU; its numbers mean nothing")
+    common.add_argument("--root", type=Path, default=HERE, help="folder of results and work (default: this one)")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("pictures", parents=[common], help="pack the photographs and digits into one file")
+    commands.add_parser("plan", parents=[common], help="list the jobs")
+    run = commands.add_parser("run", parents=[common], help="run jobs that are not done")
+    run.add_argument("--budget-seconds", type=float, default=1500, help="stop cleanly after this time (default: 1500)")
+    run.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="names of jobs (fnmatch)")
+    run.add_argument("--bundle", type=Path, help="at the end put all that must come back into this folder")
+    run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    collect = commands.add_parser("collect", parents=[common], help="take in a bundle")
+    collect.add_argument("folder", type=Path)
+    report = commands.add_parser("report", parents=[common], help="write the page and its pictures")
+    report.add_argument("--docs", type=Path, help="folder of the page (default: docs; with --tiny, that of its work)")
+    return parser.parse_args(arguments)
+
+
+def show_plan(preset: Preset, storage: Storage) -> None:
+    jobs, results = all_jobs(preset), storage.all_results()
+    missing = {job.name for job in pending(preset, storage, ("*",))}
+    for job in jobs:
+        seconds = results.get(job.name, {}).get("seconds")
+        print(f"{job.name:<44} {'missing' if job.name in missing else f'done in {seconds:.0f} s'}")
+    known = [result["seconds"] for result in results.values()]
+    each = sum(known) / len(known) if known else preset.job_seconds
+    print(f"{len(jobs) - len(missing)} of {len(jobs)} jobs are done; the others need about {each * len(missing):.0f} s")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    start = time.monotonic()
+    args = parse(arguments)
+    preset = TINY if args.tiny else FULL
+    storage = Storage(preset.name, args.root)
+    if args.command == "pictures":
+        path = storage.work / "pictures.npz"
+        pack(gather(preset.model.num_labels), path)
+        print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
+    elif args.command == "plan":
+        show_plan(preset, storage)
+    elif args.command == "collect":
+        print("new:", ", ".join(storage.read_bundle(args.folder)) or "nothing")
+    elif args.command == "report":
+        from examples.paper_table.report import write_report
+
+        print(write_report(preset, storage, args.docs or (storage.work if args.tiny else HERE.parents[1] / "docs")))
+    else:
+        torch.set_float32_matmul_precision("high")
+        context = Context(preset, storage, args.device, start + args.budget_seconds)
+        failed = run_jobs(context, tuple(args.only))
+        if args.bundle:
+            storage.write_bundle(args.bundle)
+        if failed:
+            print(f"failed: {', '.join(failed)}")
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""Where results and checkpoints lie, and how they travel between machines.
+
+`results/` holds a small JSON file per job, and frames; it is kept in the repository. `work/` holds the pictures, the
+teacher and what stage 1 learned; it is not. A machine that is lent for minutes gets `work/` and gives back a bundle:
+one archive and the shards of the teacher, none of them large.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HERE = Path(__file__).parent
+SHARD_BYTES = 15 * 2**20
+
+
+class Storage:
+    """The files of one preset.
+
+    Args:
+        preset: its name.
+        root: folder that holds `results` and `work`.
+    """
+
+    def __init__(self, preset: str, root: Path = HERE) -> None:
+        self.results, self.work = root / "results" / preset, root / "work" / preset
+        self.unfinished = self.work / "unfinished"
+        for folder in (self.results, self.unfinished):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def result(self, job: str) -> dict[str, Any] | None:
+        path = self.results / f"{job}.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def write_result(self, job: str, content: Mapping[str, Any]) -> None:
+        write_whole(self.results / f"{job}.json", (json.dumps(content, indent=1) + "\n").encode())
+
+    def all_results(self) -> dict[str, dict[str, Any]]:
+        return {path.stem: json.loads(path.read_text()) for path in sorted(self.results.glob("*.json"))}
+
+    # Weights in bfloat16, in shards
+
+    def write_weights(self, name: str, weights: Mapping[str, Tensor]) -> None:
+        """Write tensors, floating ones rounded to bfloat16, as `name.0` and so on, and remove those of other names."""
+        buffer = io.BytesIO()
+        rounded = {key: x.to(torch.bfloat16) if x.is_floating_point() else x for key, x in weights.items()}
+        torch.save({key: x.detach().cpu() for key, x in rounded.items()}, buffer)
+        content = buffer.getvalue()
+        for number, start in enumerate(range(0, len(content), SHARD_BYTES)):
+            write_whole(self.work / f"{name}.{number}", content[start : start + SHARD_BYTES])
+        stem = name.partition("-")[0]
+        for path in self.work.glob(f"{stem}-*"):
+            if path.is_file() and path.stem != name:
+                path.unlink()
+
+    def read_weights(self, name: str) -> dict[str, Tensor] | None:
+        """What `write_weights` wrote, in float32; None where there is none."""
+        shards = sorted(self.work.glob(f"{name}.*"), key=lambda path: int(path.suffix[1:]))
+        if not shards:
+            return None
+        content = io.BytesIO(b"".join(path.read_bytes() for path in shards))
+        weights: dict[str, Tensor] = torch.load(content, weights_only=True)
+        return {key: x.float() if x.is_floating_point() else x for key, x in weights.items()}
+
+    # Transport
+
+    def write_bundle(self, folder: Path) -> None:
+        """Put everything but the pictures and unfinished work into few files of limited size."""
+        folder.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(folder / "bundle.tar.gz", "w:gz") as archive:
+            for path in sorted(self.results.iterdir()):
+                archive.add(path, f"results/{path.name}")
+            for path in sorted(self.work.glob("stage1-*")):
+                archive.add(path, f"work/{path.name}")
+        for path in self.work.glob("teacher-*"):
+            (folder / path.name).write_bytes(path.read_bytes())
+
+    def read_bundle(self, folder: Path) -> list[str]:
+        """Take in what `write_bundle` wrote; the names of the results that were not there."""
+        before = set(self.all_results())
+        with tarfile.open(folder / "bundle.tar.gz") as archive:
+            for member in archive.getmembers():
+                kind, _, name = member.name.partition("/")
+                content = archive.extractfile(member)
+                if kind not in ("results", "work") or "/" in name or content is None:
+                    raise ValueError(f"bundle: expected files in results/ and work/, got {member.name!r}")
+                write_whole((self.results if kind == "results" else self.work) / name, content.read())
+        shards = sorted(folder.glob("teacher-*"))
+        if shards:
+            for old in self.work.glob("teacher-*"):
+                old.unlink()
+        for path in shards:
+            write_whole(self.work / path.name, path.read_bytes())
+        return sorted(set(self.all_results()) - before)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that is there either whole or not at all."""
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_bytes(content)
+    unfinished.replace(path)

@@ -1,0 +1,1 @@
+"""A small video diffusion transformer, and clips with real pictures to train it on: shared by the examples."""

@@ -1,0 +1,71 @@
+"""One of two processes that train a prepared model under FSDP2, against the whole model; run by test_sharding.py."""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from learned_models import randomize
+from small_models import SMALL, Blocks, tokens
+from torch import nn
+from torch._dynamo.backends.debugging import aot_eager
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from sla2_compile import prepare
+from sla2_compile.backend import build_backend
+
+
+def compile_blocks(model: Blocks) -> Blocks:
+    for block in model.blocks:
+        block.compile(backend=build_backend(SMALL, aot_eager))
+    return model
+
+
+def train(model: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The output before and the parameters after one step."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    out = model(x)
+    out.square().mean().backward()
+    optimizer.step()
+    whole = {
+        name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in model.named_parameters()
+    }
+    return out.detach(), {name: value.detach() for name, value in whole.items()}
+
+
+def main(rank: int, store: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    torch.manual_seed(0)
+    x = tokens(64)
+    model = prepare(Blocks(), x, config=SMALL)
+    randomize(model)
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    sharded = copy.deepcopy(model)
+    for block in sharded.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    state = {name: value for name, value in sharded.named_parameters() if ".sla2." in name}
+    assert len(state) == 8
+    assert all(isinstance(value, DTensor) for value in state.values())
+
+    expected_out, expected = train(compile_blocks(model), x)
+    out, trained = train(compile_blocks(sharded), x)
+    torch.testing.assert_close(out, expected_out)
+    assert trained.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(trained[name], value, msg=lambda text, name=name: f"{name}: {text}")
+        if name in state:
+            # The router is frozen, the mixing learns.
+            assert torch.equal(value, before[name]) == name.endswith(("proj_q", "proj_k")), name
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main(int(sys.argv[1]), sys.argv[2])
