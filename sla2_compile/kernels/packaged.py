@@ -49,9 +49,7 @@ def forward(
         NotImplementedError: low-bit formats, or a scale that is not positive.
     """
     if settings.qk_format is not None or settings.pv_format is not None:
-        raise NotImplementedError(
-            "qk_format, pv_format: expected None in a CUDA package, got a low-bit format"
-        )
+        raise NotImplementedError("qk_format, pv_format: expected None in a CUDA package, got a low-bit format")
     if settings.scale <= 0:
         raise NotImplementedError(f"scale: expected a positive number in a CUDA package, got {settings.scale}")
     q_len, kv_len = q.shape[2], k.shape[2]

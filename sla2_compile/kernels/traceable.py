@@ -80,7 +80,9 @@ def forward(
 
     shared = {"proj_q": proj_q, "proj_k": proj_k, **exact, "q_len": q_len, "kv_len": kv_len}
     out = _map_heads(one_head, per_head, shared) if loop else _batch_heads(one_head, per_head, shared)
-    out = out.view(batch, heads, rows * settings.block_q, dim)[:, :, :q_len]
+    out = out.view(batch, heads, rows * settings.block_q, dim)
+    # Padding by less than nothing, since a slice would have the smaller of two symbolic lengths.
+    out = F.pad(out, (0, 0, 0, q_len - rows * settings.block_q))
     return tokens_first(out if inputs.order is None else out[:, :, inverse_order(inputs.order)])
 
 

@@ -8,13 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.export import ExportedProgram
 
-from sla2_compile.export_program import Inputs, Run, attention_from, replace_attention
+from sla2_compile.exporters.program import Inputs, Run, attention_from, replace_attention
 from sla2_compile.kernels import traceable
 
 SUFFIX = ".pt2"
 METADATA = "sla2.json"
+
+
+def check_requirements(model: nn.Module, inputs: Inputs) -> None:
+    """Nothing beside PyTorch is needed."""
 
 
 def write(program: ExportedProgram, inputs: Inputs, path: Path, metadata: dict[str, Any], *, portable: bool) -> None:

@@ -13,13 +13,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from sla2_compile.export_program import Inputs, Run, attention_from, export_graph, replace_attention
+from sla2_compile.exporters.onnx_function import AttentionFunctions
+from sla2_compile.exporters.program import (
+    Inputs,
+    Run,
+    attention_from,
+    device_of,
+    export_graph,
+    replace_attention,
+    tensors_of,
+)
 from sla2_compile.kernels import traceable
-from sla2_compile.onnx_function import AttentionFunctions
 from sla2_compile.quant.formats import format_scale, quantized_by, round_trip
 
 SUFFIX = ".onnx"
@@ -29,31 +37,28 @@ PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 OnnxOp = Literal["standard", "custom"]
 
 
-def check_requirements(program: ExportedProgram, device: torch.device) -> None:
-    """Raise where a program cannot become an ONNX model and be checked.
+def check_requirements(model: nn.Module, inputs: Inputs) -> None:
+    """Raise where a model cannot become an ONNX model and be checked.
 
     Raises:
         ImportError: packages that are missing.
-        NotImplementedError: a dtype that onnxruntime does not compute in on a CPU.
+        NotImplementedError: bfloat16, in which onnxruntime does not compute on a CPU.
         ValueError: a model that is not on the CPU.
     """
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
         raise ImportError(
             f"format: expected {', '.join(missing)} for 'onnx', not installed here; pip install 'sla2-compile[export]'"
         )
-    if device.type != "cpu":
+    if (device := device_of(model, inputs)).type != "cpu":
         raise ValueError(f"format: expected a model on the CPU for 'onnx', got one on {device}; call model.cpu()")
-    tensors = [*program.state_dict.values(), *program.constants.values()]
-    if any(isinstance(x, Tensor) and x.dtype in (torch.bfloat16, torch.float64) for x in tensors):
+    if any(x.dtype == torch.bfloat16 for x in tensors_of(model, inputs)):
         raise NotImplementedError(
-            "format: expected a float32 or float16 model for 'onnx', since onnxruntime on a CPU computes in no bfloat16 "
-            "and not everywhere in float64; call model.float()"
+            "format: expected a float32 or float16 model and inputs for 'onnx', got bfloat16, in which onnxruntime "
+            "does not compute on a CPU; convert them with .float()"
         )
 
 
-def write(
-    program: ExportedProgram, inputs: Inputs, path: Path, metadata: dict[str, Any], *, onnx_op: OnnxOp
-) -> None:
+def write(program: ExportedProgram, inputs: Inputs, path: Path, metadata: dict[str, Any], *, onnx_op: OnnxOp) -> None:
     """Write an ONNX model.
 
     Args:
@@ -80,14 +85,20 @@ def as_onnx(program: ExportedProgram) -> Any:
 
 
 def load(path: Path) -> tuple[Run, dict[str, Any]]:
-    """An ONNX model as a function that takes the model's arguments and gives a list of its outputs, and its metadata."""
+    """An ONNX model as a function from the model's arguments to a list of its outputs, and its metadata."""
     import onnx
     import onnxruntime
 
     onnx.checker.check_model(str(path), full_check=True)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented as error:
+        raise NotImplementedError(
+            f"format: expected a model that onnxruntime {onnxruntime.__version__} runs on a CPU, but {error}; the node "
+            "is named in the model's own part: convert that part to float32, or write it with other operators"
+        ) from error
     names = [each.name for each in session.get_inputs()]
 
     def run(*args: Any, **kwargs: Any) -> list[Tensor]:
@@ -121,7 +132,8 @@ def _stable_sort(x: Any, stable: bool | None = None, dim: int = -1, descending: 
     """aten::sort.stable: TopK of all elements, whose ties ONNX gives to the lower index."""
     from onnxscript import opset18 as op
 
-    size = op.Gather(op.Shape(x), op.Constant(value_ints=[dim]), axis=0)
+    last: Any = op.Constant(value_ints=[dim])
+    size = op.Gather(op.Shape(x), last, axis=0)
     return op.TopK(x, size, axis=dim, largest=int(descending), sorted=1)
 
 
@@ -132,4 +144,19 @@ def _copy(x: Any, source: Any, non_blocking: bool = False) -> Any:
     return op.Expand(op.CastLike(source, x), op.Shape(x))
 
 
-_TRANSLATIONS: dict[Any, Any] = {torch.ops.aten.sort.stable: _stable_sort, torch.ops.aten.copy.default: _copy}
+def _masked_fill(x: Any, mask: Any, value: Any) -> Any:
+    """aten::masked_fill, of booleans too, for which onnxruntime has no Where."""
+    from onnxscript import opset18 as op
+
+    value = op.CastLike(value, x)
+    if x.dtype != x.dtype.BOOL:
+        return op.Where(mask, value, x)
+    return op.Or(op.And(mask, value), op.And(op.Not(mask), x))
+
+
+_TRANSLATIONS: dict[Any, Any] = {
+    torch.ops.aten.sort.stable: _stable_sort,
+    torch.ops.aten.copy.default: _copy,
+    torch.ops.aten.masked_fill.Scalar: _masked_fill,
+    torch.ops.aten.masked_fill.Tensor: _masked_fill,
+}

@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
+from torch.utils import _pytree as pytree
 
-from sla2_compile.export_program import Inputs
+from sla2_compile.exporters.program import Inputs
 from sla2_compile.kernels.settings import Settings
 from sla2_compile.kernels.traceable import tokens_first
 
@@ -100,10 +101,10 @@ def _overload(index: int) -> str:
 
 def _variant(tensors: list[Tensor | None], settings: Settings) -> _Variant:
     values = dataclasses.asdict(settings)
-    if any(isinstance(value, torch.SymInt) for value in values.values()):
+    if any(isinstance(value, torch.SymInt) for value in pytree.tree_leaves(values)):
         raise NotImplementedError(
-            'dynamic_shapes: expected a fixed number of text tokens with onnx_op="custom", whose node has it as an '
-            'attribute; use onnx_op="standard"'
+            'dynamic_shapes: expected a fixed number of text tokens and a fixed grid with onnx_op="custom", whose node '
+            'has them as attributes; use onnx_op="standard"'
         )
     return _Variant(
         tuple((name, tuple(value) if isinstance(value, list) else value) for name, value in values.items()),
@@ -125,7 +126,9 @@ class _Body(nn.Module):
 
     def __init__(self, variant: _Variant, forward: Forward) -> None:
         super().__init__()
-        settings = {name: list(value) if isinstance(value, tuple) else value for name, value in variant.settings}
+        settings: dict[str, Any] = {
+            name: list(value) if isinstance(value, tuple) else value for name, value in variant.settings
+        }
         self.settings = Settings(**settings)
         self.compute = forward
         self.given = [name for name, x in zip(_INPUTS, variant.inputs, strict=True) if x is not None]
@@ -163,7 +166,7 @@ def _as_function(ir: Any, graph: Any, variant: _Variant, overload: str) -> Any:
         value.replace_all_uses_with(constant.outputs[0])
         del graph.initializers[name]
     given = iter(list(graph.inputs))
-    inputs = [ir.Value(name=name) if x is None else next(given) for name, x in zip(_INPUTS, variant.inputs, strict=True)]
+    inputs = [ir.Value() if x is None else next(given) for x in variant.inputs]
     for name, value in zip(_INPUTS, inputs, strict=True):
         value.name = name
     graph.inputs.clear()

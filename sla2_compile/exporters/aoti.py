@@ -1,7 +1,7 @@
 """The format "aoti": a package that AOTInductor compiles, with no operator of ours and no Python left in it.
 
-On a CPU attention is C++ over the kept blocks with PyTorch's own softmax attention inside; on CUDA the Triton kernels of
-`kernels/packaged.py` are part of the package.
+On a CPU attention is C++ over the kept blocks with PyTorch's own softmax attention inside; on CUDA the Triton kernels
+of `kernels/packaged.py` are part of the package.
 """
 
 from __future__ import annotations
@@ -15,11 +15,19 @@ from typing import Any
 
 import sympy
 import torch
-import torch.fx.experimental._config as symbolic_config
+from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
-from sla2_compile.export_program import Inputs, Run, attention_from, replace_attention, symbolic_sizes, user_inputs
+from sla2_compile.exporters.program import (
+    Inputs,
+    Run,
+    attention_from,
+    device_of,
+    lengths_stay_symbolic,
+    replace_attention,
+    user_inputs,
+)
 from sla2_compile.kernels import traceable
 
 SUFFIX = ".pt2"
@@ -27,26 +35,26 @@ METADATA = "sla2"
 COMPILERS = ("c++", "g++", "clang++")
 
 
-def check_requirements(program: ExportedProgram, device: torch.device) -> None:
-    """Raise where a package cannot be compiled for a device.
+def check_requirements(model: nn.Module, inputs: Inputs) -> None:
+    """Raise where a model cannot be compiled into a package.
 
     Raises:
         OSError: no C++ compiler.
-        NotImplementedError: symbolic lengths where they cannot be compiled yet.
+        NotImplementedError: dynamic lengths where they cannot be compiled yet.
     """
     if not any(map(shutil.which, COMPILERS)):
         raise OSError(f"format: expected a C++ compiler for 'aoti', got none of {', '.join(COMPILERS)}; install one")
-    if not symbolic_sizes(program):
+    if inputs.dynamic_shapes is None:
         return
-    if device.type == "cuda":
+    if device_of(model, inputs).type == "cuda":
         raise NotImplementedError(
             "dynamic_shapes: expected None for an 'aoti' package on CUDA, whose kernels are compiled for one length; "
             "export a package per length"
         )
     if not _has_loops():
         raise NotImplementedError(
-            f"dynamic_shapes: expected None for an 'aoti' package with PyTorch {torch.__version__}, which cannot compile "
-            "loops; upgrade to 2.13, or export a package per length"
+            f"dynamic_shapes: expected None for an 'aoti' package with PyTorch {torch.__version__}, which cannot "
+            "compile loops; upgrade to 2.13, or export a package per length"
         )
 
 
@@ -55,17 +63,16 @@ def _has_loops() -> bool:
     return torch.__version__ >= "2.13"
 
 
-def write(program: ExportedProgram, inputs: Inputs, path: Path, metadata: dict[str, Any], device: torch.device) -> None:
-    """Compile a program into a package.
+def write(program: ExportedProgram, inputs: Inputs, path: Path, metadata: dict[str, Any]) -> None:
+    """Compile a program into a package for the device that it was traced on.
 
     Args:
         program: with `sla2::attention`.
         inputs: what it was traced with.
         path: of the file.
         metadata: plain values.
-        device: that it runs on.
     """
-    if device.type == "cuda":
+    if device_of(program.module(), inputs).type == "cuda":
         from sla2_compile.kernels import packaged
 
         forward = packaged.forward
@@ -73,7 +80,7 @@ def write(program: ExportedProgram, inputs: Inputs, path: Path, metadata: dict[s
         forward = functools.partial(traceable.forward, fused=True, loop=_has_loops())
     program = replace_attention(program, inputs, attention_from(forward))
     bind_symbols(program)
-    with torch.no_grad(), symbolic_config.patch(backed_size_oblivious=True):
+    with torch.no_grad(), lengths_stay_symbolic():
         torch._inductor.aoti_compile_and_package(
             program,
             package_path=str(path),
@@ -142,8 +149,8 @@ def _read_symbol(program: ExportedProgram, symbol: sympy.Symbol) -> Node:
                 read.meta["val"] = value // int(factor)
             return read
     raise NotImplementedError(
-        "dynamic_shapes: expected every dynamic dimension to be a multiple of one Dim plus a number, got none that gives "
-        f"{symbol}; use such a Dim in one input"
+        "dynamic_shapes: expected every dynamic dimension to be a multiple of one Dim plus a number, got none that "
+        f"gives {symbol}; use such a Dim in one input"
     )
 
 
