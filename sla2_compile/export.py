@@ -27,7 +27,7 @@ Format = Literal["pt2", "aoti", "onnx"]
 OnnxOp = Literal["standard", "custom"]
 
 _SUFFIXES = {"pt2": ".pt2", "aoti": ".pt2", "onnx": ".onnx"}
-_PACKAGES = ("torch", "triton", "onnx", "onnxscript")
+_PACKAGES = ("sla2-compile", "triton", "onnx", "onnxscript")
 
 
 @dataclass(frozen=True)
@@ -191,13 +191,13 @@ def _replacing(path: Path) -> Iterator[Path]:
 def _metadata(sites: list[Site], what: dict[str, Any]) -> dict[str, Any]:
     return {
         **what,
-        "versions": {"sla2-compile": importlib.metadata.version("sla2-compile"), **_versions()},
+        "versions": _versions(),
         "sites": [SiteReport(site).to_dict() | _settings(site) for site in sites],
     }
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    found = {"torch": torch.__version__}
     for name in _PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from sla2_compile.dry_run import without_trace
@@ -71,15 +70,15 @@ def at_another_length(inputs: Inputs, program: ExportedProgram) -> Inputs:
 
     Where a tensor grows, its values are drawn anew with its mean and deviation, or repeated if they are no floats.
     """
-    nodes = iter(user_inputs(program))
+    nodes = (node for node in user_inputs(program) if isinstance(node.meta["val"], Tensor))
     sizes = _other_sizes(program)
     generator = torch.Generator().manual_seed(0)
 
     def resize(x: Any) -> Any:
-        node = next(nodes)
         if not isinstance(x, Tensor):
             return x
-        shape = [size if isinstance(size, int) else int(size.node.expr.xreplace(sizes)) for size in _shape(node)]
+        traced = next(nodes).meta["val"].shape
+        shape = [size if isinstance(size, int) else int(size.node.expr.xreplace(sizes)) for size in traced]
         if list(x.shape) == shape:
             return x
         if x.is_floating_point() and any(new > old for new, old in zip(shape, x.shape, strict=True)):
@@ -91,10 +90,6 @@ def at_another_length(inputs: Inputs, program: ExportedProgram) -> Inputs:
 
     args, kwargs = pytree.tree_map(resize, (inputs.args, inputs.kwargs))
     return Inputs(args, kwargs, inputs.dynamic_shapes)
-
-
-def _shape(node: Node) -> tuple[int | torch.SymInt, ...]:
-    return tuple(node.meta["val"].shape)
 
 
 def _other_sizes(program: ExportedProgram) -> dict[Any, int]:

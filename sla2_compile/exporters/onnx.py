@@ -80,8 +80,19 @@ def write(program: ExportedProgram, inputs: Inputs, path: Path, metadata: dict[s
 
 def as_onnx(program: ExportedProgram) -> Any:
     """torch's ONNXProgram of an exported program."""
+    from onnxscript.optimizer import optimize_ir
+
     with torch.no_grad():
-        return torch.onnx.export(program, dynamo=True, verbose=False, custom_translation_table=_TRANSLATIONS)
+        made: Any = torch.onnx.export(
+            program, dynamo=True, verbose=False, optimize=False, custom_translation_table=_TRANSLATIONS
+        )
+    # Constants are folded, but what was learned stays, under its name.
+    optimize_ir(made.model, should_fold=lambda node: False if any(map(_is_learned, node.inputs)) else None)
+    return made
+
+
+def _is_learned(value: Any) -> bool:
+    return value is not None and value.is_initializer() and ".sla2." in f".{value.name}"
 
 
 def load(path: Path) -> tuple[Run, dict[str, Any]]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._sympy.value_ranges import bound_sympy
 
 from sla2_compile.config import SLA2Config
 from sla2_compile.exporters.program import Inputs, explained_failures, graphs
@@ -43,8 +44,10 @@ def trace_model(
     _replace_data(graph)
     shape_env = _shape_env(graph)
     num_guards = len(shape_env.guards) if shape_env is not None else 0
+    # As the user gave them: a condition that the conversion adds narrows them.
+    ranges = dict(shape_env.var_to_range) if shape_env is not None else {}
     sites = convert(graph, config, sparsity_is_default=sparsity_is_default)
-    _check_lengths(sites, config)
+    _check_lengths(sites, config, ranges)
     if shape_env is not None and (added := shape_env.guards[num_guards:]):
         conditions = "; ".join(sorted({str(guard.expr) for guard in added}))
         raise ValueError(
@@ -73,7 +76,7 @@ def _shape_env(graph: GraphModule) -> ShapeEnv | None:
     return None
 
 
-def _check_lengths(sites: list[Site], config: SLA2Config) -> None:
+def _check_lengths(sites: list[Site], config: SLA2Config, ranges: Mapping[Any, Any]) -> None:
     """Raise ValueError for a converted site whose dynamic length may be shorter than its blocks need."""
     needed = max(config.block_q, config.block_k) + 1
     for site in sites:
@@ -82,7 +85,7 @@ def _check_lengths(sites: list[Site], config: SLA2Config) -> None:
         for length in (site.q_shape[2], site.kv_len):
             if not isinstance(length, torch.SymInt):
                 continue
-            shortest = length.node.shape_env.bound_sympy(length.node.expr).lower
+            shortest = bound_sympy(length.node.expr, dict(ranges)).lower
             least, why = max(
                 (needed, f"two blocks (block_q={config.block_q}, block_k={config.block_k})"),
                 (config.min_seq_len, f"min_seq_len={config.min_seq_len}"),
@@ -126,7 +129,7 @@ def short_names(names: Iterable[str]) -> dict[str, str]:
             owner, call, parameter = learned.groups()
             shorter[:0] = [f"{owner}.{parameter}", f"{owner}.{call}.{parameter}"]
     count = Counter(choice for shorter in choices.values() for choice in shorter)
-    return {name: next(choice for choice in shorter if count[choice] == 1) for name, shorter in choices.items()}
+    return {name: next((choice for choice in shorter if count[choice] == 1), name) for name, shorter in choices.items()}
 
 
 def _as_module(values: Mapping[str, Any]) -> nn.Module:
