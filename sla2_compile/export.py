@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
-from tabulate import tabulate
 from torch import nn
 
 from sla2_compile.config import SLA2Config
@@ -47,6 +46,8 @@ class ExportReport:
     tolerance: float
 
     def __str__(self) -> str:
+        from tabulate import tabulate
+
         sites = self.metadata["sites"]
         converted = sum(site["verdict"] == "sla2" for site in sites)
         headers = ["input shapes", "difference", "from dense", "seconds", "dense eager, seconds", "speedup"]
@@ -197,7 +198,7 @@ def _metadata(sites: list[Site], what: dict[str, Any]) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    found = {"torch": torch.__version__}
+    found: dict[str, str] = {"torch": torch.__version__}
     for name in _PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)

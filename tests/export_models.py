@@ -147,5 +147,5 @@ CASES = {
         },
         ("transformer_blocks.0.attn1",),
     ),
-    "vit": Case(_vit, {"pixel_values": _randn(1, 3, 64, 64)}, ("encoder.layer.0.attention.attention",)),
+    "vit": Case(_vit, {"pixel_values": _randn(1, 3, 64, 64)}, ("layers.0.attention",)),
 }

@@ -99,7 +99,7 @@ def test_it_knows_every_feature_map_in_tile_order(feature_map: Any) -> None:
     assert relative_error(Attention(case)(*inputs_of(case)), case.reference()) < FLOAT64
 
 
-@pytest.mark.parametrize("tail, mixing", BOTH_TAILS_AND_MIXINGS)
+@pytest.mark.parametrize("tail, mixing", [("pooled", "row"), ("linear", "block")])
 @torch.no_grad()
 def test_a_program_with_a_dynamic_length_equals_the_reference_at_every_length(tail: str, mixing: str) -> None:
     traced = make_case(q_len=130, masked=True, tail=tail, mixing=mixing, exact_suffix=9)

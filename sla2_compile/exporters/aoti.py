@@ -84,7 +84,11 @@ def write(program: ExportedProgram, inputs: Inputs, path: Path, metadata: dict[s
         torch._inductor.aoti_compile_and_package(
             program,
             package_path=str(path),
-            inductor_configs={"aot_inductor.metadata": {METADATA: json.dumps(metadata)}},
+            inductor_configs={
+                "aot_inductor.metadata": {METADATA: json.dumps(metadata)},
+                # Small tensors too stay constants with a name, and are not written into the code.
+                "always_keep_tensor_constants": True,
+            },
         )
 
 
