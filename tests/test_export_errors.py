@@ -91,6 +91,17 @@ def test_a_range_of_lengths_across_min_seq_len_names_it(tmp_path: Path) -> None:
     assert "from 64 tokens on at blocks.0, because of min_seq_len=64" in message
 
 
+def test_a_range_that_the_model_itself_forbids_names_the_one_it_allows(tmp_path: Path) -> None:
+    class Branches(Blocks):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if x.shape[1] <= 300 else x
+
+    shapes = ({1: Dim("length", min=40, max=1000)},)
+    message = refusal(ValueError, tmp_path / "model.pt2", Branches().eval(), dynamic_shapes=shapes)
+    assert "dynamic_shapes: expected ranges that the model and its attention's blocks allow" in message
+    assert "max=300" in message
+
+
 def test_missing_packages_are_named_with_the_line_that_installs_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,9 +15,12 @@ import torch
 from attention_cases import BOTH_TAILS_AND_MIXINGS, Case, make_case
 from tolerances import FLOAT64, relative_error
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
 
+from sla2_compile.config import SLA2Config
 from sla2_compile.exporters.program import Inputs, attention_from, export_graph
 from sla2_compile.functional import config_arguments
 from sla2_compile.kernels import traceable
@@ -148,3 +151,21 @@ def test_the_packaged_triton_kernels_equal_the_reference_in_the_interpreter() ->
     errors = json.loads(result.stdout)
     assert len(errors) == 5
     assert max(errors.values()) < 1e-5, errors
+
+
+@pytest.mark.parametrize("tail, num_kernels", [("pooled", 4), ("linear", 6)])
+def test_a_cuda_package_is_made_of_triton_kernels_and_aten(tail: Any, num_kernels: int) -> None:
+    pytest.importorskip("triton")
+    from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_mutation
+
+    from sla2_compile.kernels import packaged
+
+    settings, attention = config_arguments(SLA2Config(sparsity=0.5, tail=tail)), attention_from(packaged.forward)
+    with FakeTensorMode():
+        q = torch.empty(1, 4, 300, 64, dtype=torch.bfloat16)
+        graph = make_fx(lambda q, k, v: attention(q, k, v, **settings))(q, q, q)
+    targets = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+    if packaged.ROUTER_IS_TRACEABLE:
+        num_kernels += 2
+    assert targets.count(triton_kernel_wrapper_mutation) == num_kernels
+    assert not any(getattr(target, "namespace", "") == "sla2" for target in targets)

@@ -13,6 +13,7 @@ import torch.fx.experimental._config as symbolic_config
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import ConstraintViolationError
 from torch.utils import _pytree as pytree
 
 from sla2_compile.ops import forward_arguments, settings_of
@@ -120,15 +121,19 @@ def explained_failures(model: nn.Module) -> Iterator[None]:
         yield
     except torch._dynamo.exc.UserError as error:
         if error.error_type == torch._dynamo.exc.UserErrorType.CONSTRAINT_VIOLATION:
-            raise ValueError(
-                f"dynamic_shapes: expected ranges that the model and its attention's blocks allow, but {error}"
-            ) from error
+            raise ValueError(_forbidden_range(error)) from error
         raise ValueError(_not_exportable(model, error)) from error
+    except ConstraintViolationError as error:
+        raise ValueError(_forbidden_range(error)) from error
     except NotImplementedError:
         # Says itself what is missing, although Python counts it among the errors below.
         raise
     except (torch._dynamo.exc.TorchDynamoException, RuntimeError) as error:
         raise ValueError(_not_exportable(model, error)) from error
+
+
+def _forbidden_range(error: Exception) -> str:
+    return f"dynamic_shapes: expected ranges that the model and its attention's blocks allow, but {error}"
 
 
 def _not_exportable(model: nn.Module, error: Exception) -> str:
