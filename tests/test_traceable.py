@@ -13,14 +13,11 @@ from typing import Any
 import pytest
 import torch
 from attention_cases import BOTH_TAILS_AND_MIXINGS, Case, make_case
-from tolerances import FLOAT64, relative_error
+from tolerances import FLOAT64, FLOAT64_INTERPOLATED, relative_error
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule
-from torch.fx.experimental.proxy_tensor import make_fx
 
-from sla2_compile.config import SLA2Config
 from sla2_compile.exporters.program import Inputs, attention_from, export_graph
 from sla2_compile.functional import config_arguments
 from sla2_compile.kernels import traceable
@@ -113,7 +110,7 @@ def test_a_program_with_a_dynamic_length_equals_the_reference_at_every_length(ta
         # What was learned belongs to the program, and its logit is interpolated to each length.
         learned = {name: getattr(traced, name) for name in ("router", "alpha_logit", "alpha_gain")}
         case = Case(**{**vars(case), **learned})
-        assert relative_error(program.module()(*inputs_of(case)), case.reference()) < FLOAT64
+        assert relative_error(program.module()(*inputs_of(case)), case.reference()) < FLOAT64_INTERPOLATED
 
 
 @torch.no_grad()
@@ -154,18 +151,20 @@ def test_the_packaged_triton_kernels_equal_the_reference_in_the_interpreter() ->
 
 
 @pytest.mark.parametrize("tail, num_kernels", [("pooled", 4), ("linear", 6)])
-def test_a_cuda_package_is_made_of_triton_kernels_and_aten(tail: Any, num_kernels: int) -> None:
+def test_a_program_for_cuda_is_made_of_triton_kernels_and_aten_in_the_form_that_inductor_takes(
+    tail: Any, num_kernels: int
+) -> None:
     pytest.importorskip("triton")
-    from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_mutation
+    from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_functional
 
     from sla2_compile.kernels import packaged
 
-    settings, attention = config_arguments(SLA2Config(sparsity=0.5, tail=tail)), attention_from(packaged.forward)
-    with FakeTensorMode():
-        q = torch.empty(1, 4, 300, 64, dtype=torch.bfloat16)
-        graph = make_fx(lambda q, k, v: attention(q, k, v, **settings))(q, q, q)
-    targets = [node.target for node in graph.graph.nodes if node.op == "call_function"]
-    if packaged.ROUTER_IS_TRACEABLE:
-        num_kernels += 2
-    assert targets.count(triton_kernel_wrapper_mutation) == num_kernels
+    module = Attention(make_case(q_len=300, dtype=torch.float32, tail=tail, masked=True))
+    module.attention = attention_from(packaged.forward)
+    inputs = inputs_of(make_case(q_len=300, dtype=torch.float32, masked=True))
+    program = export_graph(module, Inputs(inputs, {})).run_decompositions()
+    targets = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    # The router has two more where the tracer takes it.
+    expected = num_kernels + 2 * packaged.ROUTER_IS_TRACEABLE
+    assert targets.count(triton_kernel_wrapper_functional) == expected
     assert not any(getattr(target, "namespace", "") == "sla2" for target in targets)
