@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format bench bench-model bench-cpu paper-table clean
+.PHONY: help demo test test-export test-all lint format bench bench-model bench-cpu paper-table clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -33,6 +33,9 @@ demo: $(VENV)/demo.stamp ## install, then run a video transformer dense and with
 
 test: lint ## install, lint, type-check, run the tests
 	$(BIN)/python -m pytest -m "not slow"
+
+test-export: $(VENV)/dev.stamp ## third-party models exported in every format but the slowest packages (about three minutes)
+	$(BIN)/python -m pytest tests/test_export_models.py -m slow -k "not aoti or wan"
 
 test-all: lint ## the same with the slow tests
 	$(BIN)/python -m pytest

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import nn
 
+import sla2_compile
 from sla2_compile.config import SLA2Config
 from sla2_compile.explain import SiteReport
 
@@ -26,7 +27,7 @@ Format = Literal["pt2", "aoti", "onnx"]
 OnnxOp = Literal["standard", "custom"]
 
 _SUFFIXES = {"pt2": ".pt2", "aoti": ".pt2", "onnx": ".onnx"}
-_PACKAGES = ("sla2-compile", "triton", "onnx", "onnxscript")
+_PACKAGES = ("triton", "onnx", "onnxscript")
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ def _metadata(sites: list[Site], what: dict[str, Any]) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    found: dict[str, str] = {"torch": torch.__version__}
+    found: dict[str, str] = {"sla2-compile": sla2_compile.__version__, "torch": torch.__version__}
     for name in _PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)

@@ -346,6 +346,14 @@ def test_a_nan_is_a_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert not list(tmp_path.iterdir())
 
 
+def test_the_difference_is_that_of_the_worst_output() -> None:
+    large, small = torch.full((4,), 1e6), torch.ones(4)
+    assert check._difference([large, 1.01 * small], [large, small]) == pytest.approx(0.01, rel=1e-4)
+    assert math.isnan(check._difference([small * float("nan"), large], [small, large]))
+    assert check._difference([small], [small, large]) == float("inf")
+    assert check._difference([small], [0 * small]) == 2.0
+
+
 def test_a_model_stays_as_it_was(tmp_path: Path) -> None:
     model = model_of()
     before = {name: x.clone() for name, x in model.state_dict().items()}

@@ -29,10 +29,14 @@ from sla2_compile.exporters.program import (
     user_inputs,
 )
 from sla2_compile.kernels import traceable
+from sla2_compile.kernels.dispatch import missing_for_triton
 
 SUFFIX = ".pt2"
 METADATA = "sla2"
 COMPILERS = ("c++", "g++", "clang++")
+
+# Inductor's setting by which numbers reach Triton kernels in float64; a launch from Python hands over float32.
+_WIDE_FLOATS = "_use_fp64_for_unbacked_floats"
 
 
 def check_requirements(model: nn.Module, inputs: Inputs) -> None:
@@ -40,13 +44,19 @@ def check_requirements(model: nn.Module, inputs: Inputs) -> None:
 
     Raises:
         OSError: no C++ compiler.
-        NotImplementedError: dynamic lengths where they cannot be compiled yet.
+        NotImplementedError: another device, a GPU or an installation that cannot run the Triton kernels, or dynamic
+            lengths where they cannot be compiled yet.
     """
     if not any(map(shutil.which, COMPILERS)):
         raise OSError(f"format: expected a C++ compiler for 'aoti', got none of {', '.join(COMPILERS)}; install one")
+    device = device_of(model, inputs)
+    if device.type == "cuda" and (missing := missing_for_triton(device)):
+        raise NotImplementedError(f"format: 'aoti' on {device} {missing}")
+    if device.type not in ("cpu", "cuda"):
+        raise NotImplementedError(f"format: expected a model on a CPU or CUDA for 'aoti', got one on {device}; move it")
     if inputs.dynamic_shapes is None:
         return
-    if device_of(model, inputs).type == "cuda":
+    if device.type == "cuda":
         raise NotImplementedError(
             "dynamic_shapes: expected None for an 'aoti' package on CUDA, whose kernels are compiled for one length; "
             "export a package per length"
@@ -80,16 +90,15 @@ def write(program: ExportedProgram, inputs: Inputs, path: Path, metadata: dict[s
         forward = functools.partial(traceable.forward, fused=True, loop=_has_loops())
     program = replace_attention(program, inputs, attention_from(forward))
     bind_symbols(program)
+    settings: dict[str, Any] = {
+        "aot_inductor.metadata": {METADATA: json.dumps(metadata)},
+        # Small tensors too stay constants with a name, and are not written into the code.
+        "always_keep_tensor_constants": True,
+    }
+    if hasattr(torch._inductor.config, _WIDE_FLOATS):
+        settings[_WIDE_FLOATS] = False
     with torch.no_grad(), lengths_stay_symbolic():
-        torch._inductor.aoti_compile_and_package(
-            program,
-            package_path=str(path),
-            inductor_configs={
-                "aot_inductor.metadata": {METADATA: json.dumps(metadata)},
-                # Small tensors too stay constants with a name, and are not written into the code.
-                "always_keep_tensor_constants": True,
-            },
-        )
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
 
 
 def load(path: Path) -> tuple[Run, dict[str, Any]]:

@@ -115,7 +115,8 @@ def _with_names_of(graph: GraphModule, model: nn.Module) -> GraphModule:
     shorter = short_names(read)
     for node in graph.graph.find_nodes(op="get_attr"):
         node.target = shorter[node.target]
-    return GraphModule(_as_module({shorter[name]: value for name, value in read.items()}), graph.graph)
+    root = _as_module({shorter[name]: value for name, value in read.items()})
+    return GraphModule(root, graph.graph, type(model).__name__)
 
 
 def short_names(names: Iterable[str]) -> dict[str, str]:
