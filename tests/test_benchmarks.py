@@ -154,3 +154,13 @@ def test_a_case_without_time_left_is_kept_with_its_reason(load: Any, tmp_path: P
     run.case(lambda: pytest.fail("must not start"), section="forward", name="late")
     assert "time was spent" in run.rows[0]["not_run"]
     assert json.loads((tmp_path / "attention.json").read_text())["rows"] == run.rows
+
+
+@pytest.mark.slow
+def test_the_export_benchmark_runs_packages_without_this_package() -> None:
+    command = [sys.executable, "-m", "benchmarks.export", "--tiny"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    values = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
+    assert float(values["ratio"]) > 0
+    assert float(values["difference_from_eager"]) < 1e-4

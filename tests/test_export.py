@@ -199,6 +199,17 @@ def test_a_custom_onnx_model_has_a_node_for_each_attention_and_one_function_of_s
     assert "TopK" not in {node.op_type for node in model.graph.node}
 
 
+@pytest.mark.slow
+def test_attentions_of_different_lengths_have_functions_of_their_own(tmp_path: Path) -> None:
+    import onnx
+
+    path, inputs = path_for(tmp_path, "custom"), {"x": tokens(100), "context": tokens(90)}
+    export(model_of(TwoSites), (), path, kwargs=inputs, config=SMALL, format="onnx", onnx_op="custom")
+    model = onnx.load(path)
+    overloads = [node.overload for node in model.graph.node if node.domain == "sla2"]
+    assert overloads == [function.overload for function in model.functions] == ["", "1"]
+
+
 @torch.no_grad()
 def test_int8_is_quantize_and_dequantize_linear_in_onnx(tmp_path: Path) -> None:
     path, model, options = path_for(tmp_path, "onnx"), model_of(), {**SMALL_OPTIONS, "qk_format": "int8"}

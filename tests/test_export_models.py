@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -95,3 +97,16 @@ def test_a_calibrated_low_bit_model_exports_at_what_it_was_calibrated_for(
     assert report.checks[0].difference < EXPORTED
     if kind in NEED_ONNX:
         assert "QuantizeLinear" in {node.op_type for node in onnx_nodes(path)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, arguments", [("export_pt2", []), ("export_onnx", ["--int8"]), ("export_aoti", ["--side", "48"])]
+)
+def test_an_example_runs_to_its_end(name: str, arguments: list[str]) -> None:
+    if name == "export_onnx":
+        pytest.importorskip("onnxruntime")
+    script = Path(__file__).parents[1] / "examples" / f"{name}.py"
+    result = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert " sites converted" in result.stdout

@@ -108,7 +108,7 @@ def load(path: Path) -> tuple[Run, dict[str, Any]]:
     except onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented as error:
         raise NotImplementedError(
             f"format: expected a model that onnxruntime {onnxruntime.__version__} runs on a CPU, but {error}; the node "
-            "is named in the model's own part: convert that part to float32, or write it with other operators"
+            "that it names is in the model's own part: convert that part to float32, or write it with other operators"
         ) from error
     names = [each.name for each in session.get_inputs()]
 
