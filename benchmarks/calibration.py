@@ -1,8 +1,8 @@
 """How long calibration takes: a few layers of a Wan-1.3B-sized model at 480p length, scaled to all of them.
 
-Random weights, a batch per timestep. What is measured on the layers that are there is multiplied by the layers of the
-full model over those measured, and the forward passes that the full model needs besides are added; all is printed. On a
-CPU choose tiny sizes:
+Random weights, a batch per timestep. A short calibration comes first, which compiles the kernels; its time is printed
+apart. What is then measured on the layers that are there is multiplied by the layers of the full model over those
+measured, and the forward passes that more groups of sites cost are added. On a CPU choose tiny sizes:
 
     python -m benchmarks.calibration
     python -m benchmarks.calibration --device cpu --heads 2 --head-dim 32 --tokens 1024 --steps 20 --batches 4
@@ -11,6 +11,8 @@ CPU choose tiny sizes:
 from __future__ import annotations
 
 import argparse
+import copy
+import math
 import time
 from typing import Any
 
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 from benchmarks.machine import RESULTS, describe_machine, save_record
 from sla2_compile.calibrate import calibrate
 from sla2_compile.config import SLA2Config
+from sla2_compile.kernels.dispatch import implementation
 
 FULL_LAYERS = 30
 
@@ -61,6 +64,47 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def scale_up(args: argparse.Namespace, measured: float, forward: float, dtype: torch.dtype) -> dict[str, Any]:
+    """Seconds for the full model, from those measured on some of its layers.
+
+    Args:
+        args: the command line.
+        measured: seconds of calibrating `args.layers` layers, which takes one pass over the batches.
+        forward: seconds of one forward of these layers.
+        dtype: of the samples.
+    """
+    # q, k, v of every batch, and the dense output (a third of that) of the held-out ones: at most half of all.
+    group_bytes = 3.5 * args.tokens * args.heads * args.head_dim * dtype.itemsize * args.batches
+    num_groups = max(1, math.ceil(args.full_layers * group_bytes / (args.memory_gib * 2**30)))
+    scale = args.full_layers / args.layers
+    # In the full model every group of sites runs all layers; one such pass is part of what was measured.
+    passes = args.batches * forward * scale * (num_groups - 1)
+    seconds = measured * scale + passes
+    return {
+        "forward_seconds": forward,
+        "measured_seconds": measured,
+        "full_groups": num_groups,
+        "full_passes_seconds": passes,
+        "full_seconds": seconds,
+        "full_seconds_per_sparsity": seconds / len(args.sparsity),
+    }
+
+
+def print_figures(args: argparse.Namespace, figures: dict[str, Any], dtype: torch.dtype) -> None:
+    scaled = figures["measured_seconds"] * args.full_layers / args.layers
+    peak = "" if figures["peak_gib"] is None else f"; peak {figures['peak_gib']:.1f} GiB on the device"
+    print(
+        f"{figures['machine']['device']}: {args.layers} layers of {args.heads} heads of {args.head_dim}, "
+        f"{args.tokens} tokens, {dtype}\n"
+        f"measured {figures['measured_seconds']:.1f} s for {args.layers} layers and {len(args.sparsity)} sparsities, "
+        f"one forward {figures['forward_seconds']:.3f} s; {figures['warm_up_seconds']:.0f} s before it for a short "
+        f"calibration that compiles\n"
+        f"scaled to {args.full_layers} layers: {scaled:.0f} s, and {figures['full_passes_seconds']:.0f} s more of "
+        f"forward passes in {figures['full_groups']} groups: {figures['full_seconds'] / 60:.1f} minutes, "
+        f"{figures['full_seconds_per_sparsity'] / 60:.1f} per sparsity{peak}"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -94,51 +138,32 @@ def main() -> None:
         synchronize(device)
         forward = time.perf_counter() - begin
     forms: dict[str, Any] = {} if args.forms == "all" else {"tails": ("pooled",), "mixings": ("row",)}
+    settings: dict[str, Any] = {
+        "sparsity": args.sparsity,
+        "config": SLA2Config(min_seq_len=0),
+        "num_query_blocks": args.num_query_blocks,
+        "memory_gib": args.memory_gib,
+        "store": args.store,
+        **forms,
+    }
+    print(f"the held-out errors come from the {implementation(device)} implementation of the op", flush=True)
+    begin = time.perf_counter()
+    calibrate(copy.deepcopy(model), batches[:2], steps=4, **settings)
+    synchronize(device)
+    warm_up = time.perf_counter() - begin
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    report = calibrate(
-        model,
-        batches,
-        sparsity=args.sparsity,
-        config=SLA2Config(min_seq_len=0),
-        steps=args.steps,
-        num_query_blocks=args.num_query_blocks,
-        memory_gib=args.memory_gib,
-        store=args.store,
-        **forms,
-    )
+    report = calibrate(model, batches, steps=args.steps, **settings)
     synchronize(device)
     print(report)
-    # In the full model every group of sites runs all layers, not only the measured ones: the number of groups and the
-    # length of each pass both grow with the layers.
-    group_bytes = 3.5 * args.tokens * width * dtype.itemsize * args.batches
-    num_groups = max(1, -(-args.full_layers * group_bytes // (args.memory_gib * 2**30)))
-    scale = args.full_layers / args.layers
-    passes = args.batches * forward * scale * num_groups
-    scaled = report.seconds * scale + passes
-    peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
-    machine = describe_machine("benchmarks.calibration", device)
-    figures = {
-        "machine": machine,
+    figures = scale_up(args, report.seconds, forward, dtype) | {
+        "machine": describe_machine("benchmarks.calibration", device),
         "settings": vars(args),
-        "forward_seconds": forward,
-        "measured_seconds": report.seconds,
-        "full_groups": num_groups,
-        "full_passes_seconds": passes,
-        "full_seconds": scaled,
-        "full_seconds_per_sparsity": scaled / len(args.sparsity),
-        "peak_gib": peak,
+        "implementation": implementation(device),
+        "warm_up_seconds": warm_up,
+        "peak_gib": torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None,
     }
-    print(
-        f"{machine['device']}: {args.layers} layers of {args.heads} heads of {args.head_dim}, {args.tokens} tokens, "
-        f"{dtype}\n"
-        f"measured {report.seconds:.1f} s for {args.layers} layers and {len(args.sparsity)} sparsities, one forward "
-        f"{forward:.3f} s\n"
-        f"scaled to {args.full_layers} layers: {report.seconds * scale:.0f} s, and {passes:.0f} s more of forward "
-        f"passes in {num_groups:.0f} groups: {scaled / 60:.1f} minutes, "
-        f"{scaled / 60 / len(args.sparsity):.1f} per sparsity"
-        + ("" if peak is None else f"; peak {peak:.1f} GiB on the device")
-    )
+    print_figures(args, figures, dtype)
     if args.save:
         save_record(RESULTS / "calibration.json", figures)
 

@@ -81,7 +81,7 @@ def batches(maker: ClipMaker, count: int, seed: int, split: Split = "train") -> 
 def measure(model: nn.Module, sparsity: float, test: list[dict[str, Tensor]], *, learned: bool) -> list[float]:
     """Error of each site's attention on test batches, with its learned state or without."""
     capture = Capture(model, CONFIG, "host")
-    sizes = capture.measure(test[0])
+    sizes = capture.measure([], test[:1])
     samples = capture.run(test, [size.key for size in sizes], keep_dense=True)
     errors = []
     for size in sizes:

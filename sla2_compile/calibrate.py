@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any, get_args
@@ -32,6 +32,8 @@ from sla2_compile.sparsity_budget import Choice, spread_budget
 _BUDGET_SPREAD = (0.5, 0.75, 1.0, 1.5, 2.0)
 
 
+# Where the caller is in inference mode, the new parameters are to be trained all the same.
+@torch.inference_mode(False)
 def calibrate(
     model: nn.Module,
     batches: Iterable[Any],
@@ -83,29 +85,30 @@ def calibrate(
 
     Raises:
         ValueError: arguments out of range, or samples of one site that do not fit the memory.
+        TypeError: a model, batches or config of another kind.
 
     Source: arXiv 2602.12675, algorithm 1, stage 1.
     """
     start = time.perf_counter()
     root = getattr(model, "_orig_mod", model)
     config = SLA2Config() if config is None else config
-    inputs = list(batches)
     levels = _levels(sparsity, budget)
     forms = _forms(tails, mixings)
-    _check(inputs, steps, num_query_blocks, held_out_ratio, store)
+    inputs = _inputs(root, batches, config)
+    _check(steps, num_query_blocks, lr, tau, held_out_ratio, memory_gib, store)
     if not any(True for _ in prepared_owners(root)):
         args, kwargs = split_batch(inputs[0])
         prepare(root, *args, config=config, **kwargs)
     held_out, training = _split(inputs, held_out_ratio)
     settings = TrainingSettings(steps=steps, lr=lr, num_query_blocks=num_query_blocks, tau=tau)
     capture = Capture(root, config, store)
-    sizes = capture.measure(inputs[0])
+    sizes = capture.measure(training, held_out)
     if not sizes:
         raise ValueError(
-            "batches: expected the first batch to reach a prepared attention site, got none; "
+            "batches: expected them to reach a prepared attention site, got none that do; "
             "use the config that the model was prepared with"
         )
-    groups = group_sites(sizes, len(inputs), len(held_out), memory_gib)
+    groups = group_sites(sizes, memory_gib)
     report = CalibrationReport(skipped=sorted(key.name for key in capture.known - {size.key for size in sizes}))
     try:
         with _bar(progress, len(sizes), "sites") as sites_bar, torch.enable_grad():
@@ -114,21 +117,16 @@ def calibrate(
                 train_samples = capture.run(training, keys, keep_dense=False)
                 test_samples = capture.run(held_out, keys, keep_dense=True)
                 for size in group:
-                    trained = _calibrate_site(
-                        size,
-                        train_samples.pop(size.key),
-                        test_samples.pop(size.key),
-                        levels,
-                        forms,
-                        settings,
-                        seed,
-                        progress,
-                    )
-                    report.sites.append(_keep(root, size, trained, levels))
+                    train, test = train_samples.pop(size.key), test_samples.pop(size.key)
+                    if train and test:
+                        trained = _calibrate_site(size, train, test, levels, forms, settings, seed, progress)
+                        report.sites.append(_keep(root, size, trained, levels))
+                    else:
+                        report.skipped.append(size.key.name)
                     sites_bar.update()
     except KeyboardInterrupt:
         report.interrupted = True
-        done = {site.name for site in report.sites}
+        done = {site.name for site in report.sites} | set(report.skipped)
         report.skipped += [size.key.name for size in sizes if size.key.name not in done]
     if budget is not None and report.sites:
         report.budget = _spread(root, report, sizes, budget)
@@ -161,18 +159,35 @@ def _forms(tails: Sequence[Tail], mixings: Sequence[Mixing]) -> list[tuple[Tail,
     return [(tail, mixing) for tail in tails for mixing in mixings]
 
 
-def _check(inputs: list[Any], steps: int, num_query_blocks: int, held_out_ratio: float, store: Any) -> None:
+def _inputs(model: Any, batches: Any, config: Any) -> list[Any]:
+    """The batches as a list, and what cannot be calibrated refused."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}; state is attached to modules")
+    if not isinstance(config, SLA2Config):
+        raise TypeError(f"config: expected an SLA2Config or None, got {type(config).__name__}; see SLA2Config")
+    if not isinstance(batches, Iterable) or isinstance(batches, (torch.Tensor, Mapping)):
+        raise TypeError(
+            f"batches: expected a list of the model's inputs, got {type(batches).__name__}; [batch, ...] makes one"
+        )
+    inputs = list(batches)
     if len(inputs) < 2:
         raise ValueError(
             f"batches: expected at least two, one to learn from and one to measure on, got {len(inputs)}; "
             "ten, spread over the timesteps, are a good start"
         )
-    if steps < 1 or num_query_blocks < 1:
-        raise ValueError(
-            f"steps and num_query_blocks: expected at least 1, got {steps} and {num_query_blocks}; "
-            "the defaults are 300 and 4"
-        )
-    if not 0 < held_out_ratio < 1:
+    return inputs
+
+
+def _check(
+    steps: Any, num_query_blocks: Any, lr: Any, tau: Any, held_out_ratio: Any, memory_gib: Any, store: Any
+) -> None:
+    for name, count, default in (("steps", steps, 300), ("num_query_blocks", num_query_blocks, 4)):
+        if not isinstance(count, int) or count < 1:
+            raise ValueError(f"{name}: expected an integer of at least 1, got {count!r}; the default is {default}")
+    for name, value, usual in (("lr", lr, 2e-3), ("tau", tau, 0.1), ("memory_gib", memory_gib, 8.0)):
+        if not isinstance(value, (int, float)) or not value > 0:
+            raise ValueError(f"{name}: expected a positive number, got {value!r}; the default is {usual}")
+    if not isinstance(held_out_ratio, (int, float)) or not 0 < held_out_ratio < 1:
         raise ValueError(f"held_out_ratio: expected a fraction in (0, 1), got {held_out_ratio!r}; the default is 0.25")
     if store not in get_args(Store):
         raise ValueError(f"store: expected 'host' or 'device', got {store!r}; the samples wait there for their turn")

@@ -9,6 +9,8 @@ from typing import Any
 
 from tabulate import tabulate
 
+from sla2_compile.site_training import MIXING_STEPS_RATIO
+
 PAPER_FORM = "linear, block"
 
 # Points of a curve on the page; more than a screen can show.
@@ -78,7 +80,8 @@ class CalibrationReport:
     Args:
         sites: one result each.
         budget: how kept blocks were spread; None if that was not asked for.
-        skipped: prepared sites that were not calibrated: not reached by the first batch, or after an interruption.
+        skipped: prepared sites that were not calibrated: reached by no training batch, by no held-out batch, or left
+            when it was interrupted.
         interrupted: stopped by Ctrl-C.
         seconds: how long it took.
     """
@@ -139,12 +142,13 @@ class CalibrationReport:
             lines.append(
                 f"budget {_percent(self.budget.sparsity)} (delivered {_percent(self.budget.delivered)}): summed error "
                 f"{self.budget.uniform_error:.4f} with the same sparsity everywhere, "
-                f"{self.budget.spread_error:.4f} spread"
+                f"{self.budget.spread_error:.4f} spread: "
+                + ", ".join(f"{name} {_percent(sparsity)}" for name, sparsity in self.budget.per_site.items())
             )
         if missed := self.not_improved():
             lines.append("kept at the untrained start: " + ", ".join(f"{name} at {_percent(s)}" for name, s in missed))
         if self.interrupted:
-            lines.append("interrupted: the sites above are calibrated")
+            lines.append("interrupted: " + ("the sites above are calibrated" if self.sites else "no site was finished"))
         if self.skipped:
             lines.append("not calibrated: " + ", ".join(self.skipped))
         return [*lines, f"{self.seconds:.0f} s"]
@@ -166,7 +170,7 @@ class CalibrationReport:
                         "change": _change(each),
                         "form": each.form,
                         "errors": {form: f"{error:.4f}" for form, error in each.errors.items()},
-                        "curves": _polylines(each.curves),
+                        "figure": _figure(each.curves),
                     }
                     for each in site.results
                 ],
@@ -188,15 +192,22 @@ def _paper(result: SparsityResult) -> float | None:
     return result.errors.get(PAPER_FORM)
 
 
-def _polylines(curves: dict[str, list[float]]) -> dict[str, str]:
-    """Each curve as the points of an SVG line in a 300 x 120 box, averaged to few points, on one common scale."""
+def _figure(curves: dict[str, list[float]]) -> dict[str, Any]:
+    """Curves as points of SVG lines in a 300 x 120 box on one common scale, averaged to few, and what its axes say."""
     smooth = {form: _average(curve) for form, curve in curves.items() if curve}
     top = max((value for curve in smooth.values() for value in curve), default=0.0) or 1.0
+    num_steps = max(map(len, curves.values()), default=0)
+    num_mixing_steps = int(num_steps * MIXING_STEPS_RATIO)
     return {
-        form: " ".join(
-            f"{300 * i / max(1, len(curve) - 1):.1f},{120 - 115 * value / top:.1f}" for i, value in enumerate(curve)
-        )
-        for form, curve in smooth.items()
+        "lines": {
+            form: " ".join(
+                f"{300 * i / max(1, len(curve) - 1):.1f},{120 - 115 * value / top:.1f}" for i, value in enumerate(curve)
+            )
+            for form, curve in smooth.items()
+        },
+        "top": f"{top:.3g}",
+        "num_steps": num_steps,
+        "phases": [f"{300 * n / max(1, num_steps):.1f}" for n in (num_mixing_steps, num_steps - num_mixing_steps)],
     }
 
 

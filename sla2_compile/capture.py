@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from sla2_compile.config import SLA2Config
 from sla2_compile.dry_run import traced, without_trace
@@ -50,11 +52,11 @@ class Sample:
 
 @dataclass
 class SiteSize:
-    """What one batch brings at a site."""
+    """What the batches bring at a site."""
 
     key: SiteKey
-    num_bytes: int
-    q_shape: tuple[int, ...]
+    num_bytes: float  # of the samples of all batches
+    q_shape: tuple[int, ...]  # of the first batch that reaches it, as all that follows
     kv_len: int
     config: SLA2Config
     device: torch.device
@@ -80,12 +82,21 @@ class Capture:
         self.sizes: dict[SiteKey, SiteSize] = {}
         self.samples: dict[SiteKey, list[Sample]] = {}
         self._keep_dense = False
+        self._share = 0.0  # how many batches the one that is being measured stands for
         self._run = traced(model, config, self._replace, lambda sites: None)
 
-    def measure(self, batch: Any) -> list[SiteSize]:
-        """What one batch would bring at every site, in the order of execution."""
+    def measure(self, training: Sequence[Any], held_out: Sequence[Any]) -> list[SiteSize]:
+        """What the batches would bring at every site, in the order of execution; runs one of each kind of input."""
+        # Held-out samples have the dense output too, which is as large as q: at most half of q, k and v together.
+        shares = [(batch, 1.0) for batch in training] + [(batch, 1.5) for batch in held_out]
+        kinds: dict[Any, tuple[Any, float]] = {}
+        for batch, share in shares:
+            first, total = kinds.get(_kind(batch), (batch, 0.0))
+            kinds[_kind(batch)] = first, total + share
         self.sizes = {}
-        self._call({}, batch)
+        for batch, share in kinds.values():
+            self._share = share
+            self._call({}, batch)
         return list(self.sizes.values())
 
     def run(self, batches: Sequence[Any], keys: Sequence[SiteKey], *, keep_dense: bool) -> dict[SiteKey, list[Sample]]:
@@ -100,7 +111,9 @@ class Capture:
         self.samples = samples
         args, kwargs = split_batch(batch)
         try:
-            with without_trace(self.model), _named_owners(self.model):
+            with without_trace(self.model), _named_owners(self.model), warnings.catch_warnings():
+                # That state of an earlier calibration does not fit these settings is no news to one that replaces it.
+                warnings.filterwarnings("ignore", message="sla2: ")
                 self._run(*args, **kwargs)
         finally:
             self.samples = {}
@@ -130,12 +143,10 @@ class Capture:
         out: Tensor,
         settings: Mapping[str, Any],
     ) -> None:
-        # Under autocast attention computes in the dtype of its output.
-        num_bytes = (q.numel() + k.numel() + v.numel()) * out.element_size()
-        old = self.sizes.get(key)
-        if old is None or not self.samples:
-            total = num_bytes + (0 if old is None else old.num_bytes)
-            self.sizes[key] = SiteSize(key, total, tuple(q.shape), k.shape[2], config, q.device)
+        if not self.samples:
+            size = self.sizes.setdefault(key, SiteSize(key, 0, tuple(q.shape), k.shape[2], config, q.device))
+            # Under autocast attention computes in the dtype of its output.
+            size.num_bytes += self._share * (q.numel() + k.numel() + v.numel()) * out.element_size()
         if key not in self.samples:
             return
         device = q.device if self.store == "device" else torch.device("cpu")
@@ -170,9 +181,13 @@ def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return ((), dict(batch)) if isinstance(batch, Mapping) else ((batch,), {})
 
 
-def group_sites(
-    sizes: Sequence[SiteSize], num_batches: int, num_held_out: int, memory_gib: float
-) -> list[list[SiteSize]]:
+def _kind(batch: Any) -> Any:
+    """What tells kinds of input apart: the shapes of the tensors in a batch, and its flags."""
+    leaves = tree_leaves(split_batch(batch))
+    return tuple(tuple(x.shape) if isinstance(x, Tensor) else x if isinstance(x, (bool, str)) else None for x in leaves)
+
+
+def group_sites(sizes: Sequence[SiteSize], memory_gib: float) -> list[list[SiteSize]]:
     """Sites in groups whose samples fit the memory together.
 
     Raises:
@@ -182,16 +197,14 @@ def group_sites(
     groups: list[list[SiteSize]] = [[]]
     used = 0.0
     for size in sizes:
-        # Held-out samples have the dense output too, which is as large as q: at most half of q, k and v together.
-        needed = size.num_bytes * (num_batches + num_held_out / 2)
-        if needed > limit:
+        if size.num_bytes > limit:
             raise ValueError(
-                f"memory_gib: expected at least {needed / 2**30:.2g} for the samples of {size.key.name} alone, got "
-                f"{memory_gib:g}; raise it, or pass fewer batches"
+                f"memory_gib: expected at least {size.num_bytes / 2**30:.2g} for the samples of {size.key.name} alone, "
+                f"got {memory_gib:g}; raise it, or pass fewer batches"
             )
-        if used + needed > limit and groups[-1]:
+        if used + size.num_bytes > limit and groups[-1]:
             groups.append([])
             used = 0
         groups[-1].append(size)
-        used += needed
+        used += size.num_bytes
     return [group for group in groups if group]

@@ -12,6 +12,7 @@ import torch
 
 from sla2_compile.cli_arguments import (
     build_model,
+    check_call,
     check_inputs,
     dynamic_shapes,
     example_inputs,
@@ -108,6 +109,7 @@ def _run_explain(args: argparse.Namespace) -> None:
         model = build_model(args.model_class, args.config_file).to(torch.bfloat16)
     inputs = dict(parse_input(text, torch.bfloat16) for text in args.input)
     check_inputs(model, inputs)
+    check_call(model, inputs)
     config = SLA2Config.from_options(dict(parse_option(text) for text in args.option))
     report = explain(model, config=config, **inputs)
     print(json.dumps(report.to_dict(), indent=2) if args.json else report)
@@ -121,6 +123,7 @@ def _run_export(args: argparse.Namespace) -> None:
     shapes = dict(parse_input(text, dtype) for text in args.input)
     check_inputs(model, shapes)
     inputs = example_inputs(model, shapes, torch.device(args.device))
+    check_call(model, inputs)
     report = export(
         model,
         (),

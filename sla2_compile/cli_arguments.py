@@ -20,6 +20,8 @@ def build_model(class_name: str, config_file: Path) -> nn.Module:
         settings = json.loads(config_file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"config_file: expected JSON, got {config_file}: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"config_file: expected a JSON object of settings, got a {type(settings).__name__}")
     model: nn.Module = model_class.from_config(settings)
     return model.eval()
 
@@ -91,6 +93,19 @@ def check_inputs(model: nn.Module, inputs: dict[str, Tensor]) -> None:
             f"--input: expected {', '.join(required)} for {type(model).__name__}.forward "
             f"(it also takes {', '.join(name for name in parameters if name not in required)}), got {got}"
         )
+
+
+def check_call(model: nn.Module, inputs: dict[str, Any]) -> None:
+    """Raise ValueError where the model cannot be called with inputs."""
+    try:
+        with torch.no_grad():
+            model(**inputs)
+    except Exception as error:
+        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in inputs.items() if isinstance(x, Tensor))
+        raise ValueError(
+            f"--input: expected shapes and dtypes that {type(model).__name__}.forward can take, got {shapes}, which "
+            f"raise: {error}"
+        ) from error
 
 
 def example_inputs(model: nn.Module, shapes: dict[str, Tensor], device: torch.device) -> dict[str, Any]:

@@ -14,12 +14,13 @@ from sla2_compile.kernels.dispatch import missing_for_format, missing_for_triton
 
 # Distribution, and what it is for.
 _PACKAGES = {
-    "torch": "",
     "triton": "GPU kernels: pip install 'sla2-compile[gpu]'",
     "torchao": "low-bit training: pip install 'sla2-compile[quant]'",
     "diffusers": "the example: pip install 'sla2-compile[diffusers]'",
     "onnx": "export to ONNX: pip install 'sla2-compile[export]'",
     "onnxruntime": "checks of exported ONNX models: pip install 'sla2-compile[export]'",
+    "safetensors": "learned state: pip install 'sla2-compile[calibrate]'",
+    "tqdm": "progress of calibration: pip install 'sla2-compile[calibrate]'",
     "matplotlib": "pictures in reports: pip install 'sla2-compile[report]'",
 }
 
@@ -38,7 +39,12 @@ def diagnose() -> str:
 
 
 def _versions() -> list[list[str]]:
-    rows = [["sla2-compile", sla2_compile.__version__, ""], ["python", platform.python_version(), ""]]
+    rows = [
+        ["sla2-compile", sla2_compile.__version__, ""],
+        ["python", platform.python_version(), ""],
+        # Its own word, which also names the build; the metadata of a CUDA build may not.
+        ["torch", torch.__version__, ""],
+    ]
     for name, purpose in _PACKAGES.items():
         try:
             rows.append([name, importlib.metadata.version(name), ""])

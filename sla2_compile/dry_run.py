@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import types
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -43,13 +42,20 @@ def traced(model: nn.Module, config: SLA2Config, replace: Replace, on_graph: Cal
         on_graph(sites)
         return gm
 
+    return torch.compile(with_own_code(model), backend=backend, dynamic=False)
+
+
+def with_own_code(model: Callable[..., Any]) -> Callable[..., Any]:
+    """`model` as a function to compile, of a code object that nothing else has.
+
+    Dynamo keeps compiled code, and counts it against the limit of recompilations, per code object. This one is thrown
+    away with the function; the model's own would stay full, and a later compilation of it would silently run eager.
+    """
+
     def call(*args: Any, **kwargs: Any) -> Any:
         return model(*args, **kwargs)
 
-    # Dynamo keeps compiled code, and counts it against the limit of recompilations, per code object. This one is thrown
-    # away with the function; the model's own would stay full, and a later compilation of it would silently run eager.
-    fresh = types.FunctionType(call.__code__.replace(), call.__globals__, closure=call.__closure__)
-    return torch.compile(fresh, backend=backend, dynamic=False)
+    return types.FunctionType(call.__code__.replace(), call.__globals__, closure=call.__closure__)
 
 
 def _named(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -61,27 +67,26 @@ def _named(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 @contextmanager
-def without_trace(model: nn.Module) -> Iterator[None]:
+def without_trace(model: Callable[..., Any]) -> Iterator[None]:
     """Inside, the model may run: gradients are off; afterwards buffers and random states are what they were."""
-    buffers = {name: (buffer, buffer.detach().clone()) for name, buffer in model.named_buffers()}
-    devices = {x.device for x in model.parameters()} | {x.device for x, _ in buffers.values()}
-    cuda = [device for device in devices if device.type == "cuda"]
+    module = model if isinstance(model, nn.Module) else nn.Module()
+    buffers = {name: (buffer, buffer.detach().clone()) for name, buffer in module.named_buffers()}
+    devices = {x.device for x in module.parameters()} | {x.device for x, _ in buffers.values()}
+    # Where a function computes, only its run would tell: None is every device.
+    cuda = [device for device in devices if device.type == "cuda"] if module is model else None
     python_state = random.getstate()
     try:
         with (
             torch.no_grad(),
             torch.random.fork_rng(devices=cuda),
             torch._dynamo.config.patch(recompile_limit=_NO_LIMIT, accumulated_recompile_limit=_NO_LIMIT),
-            warnings.catch_warnings(),
         ):
-            # What a dry run would say about sparsity is said again by the compilation that matters.
-            warnings.filterwarnings("ignore", message="sla2: ")
             yield
     finally:
         random.setstate(python_state)
         with torch.no_grad():
             for name, (buffer, value) in buffers.items():
-                _restore(model, name, buffer, value)
+                _restore(module, name, buffer, value)
 
 
 def _restore(model: nn.Module, name: str, buffer: Tensor, value: Tensor) -> None:

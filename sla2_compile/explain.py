@@ -14,14 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sla2_compile.ops  # noqa: F401  (registers the operators)
 from sla2_compile.config import SLA2Config
+from sla2_compile.dry_run import with_own_code, without_trace
 from sla2_compile.kernels.blocked_routing import kept_block_mask
 from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.passes.decide import check_patterns
 from sla2_compile.passes.pipeline import convert
 from sla2_compile.passes.sites import Site, size_hint
-
-# More graphs than any model has: explaining must not stop at the limit of recompilations.
-_NO_LIMIT = 1 << 20
 
 
 @dataclass
@@ -87,8 +85,8 @@ class Report:
 def explain(model: Callable[..., Any], *args: Any, config: SLA2Config | None = None, **kwargs: Any) -> Report:
     """Say what `torch.compile(model, backend="sla2")` would do with each attention of the model, and why.
 
-    Runs the model once on the inputs, without gradients, with converted attention in place; weights, buffers'
-    values in eval mode and the random state stay as they are. Models and inputs on the meta device work too and give
+    Runs the model once on the inputs, without gradients, with converted attention in place; weights, buffers and random
+    states stay as they are. Models and inputs on the meta device work too and give
     everything but the pictures.
 
     Args:
@@ -119,12 +117,8 @@ def explain(model: Callable[..., Any], *args: Any, config: SLA2Config | None = N
         return gm
 
     uncompiled = getattr(model, "_orig_mod", model)
-    with (
-        torch.no_grad(),
-        torch.random.fork_rng(),
-        torch._dynamo.config.patch(recompile_limit=_NO_LIMIT, accumulated_recompile_limit=_NO_LIMIT),
-    ):
-        torch.compile(uncompiled, backend=backend, dynamic=False)(*args, **kwargs)
+    with without_trace(uncompiled):
+        torch.compile(with_own_code(uncompiled), backend=backend, dynamic=False)(*args, **kwargs)
     check_patterns([found.site.name for found in report.sites], settings)
     return report
 

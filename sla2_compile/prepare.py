@@ -34,6 +34,8 @@ class PreparedModule(nn.Module):
     sla2: OwnerState
 
 
+# Where the caller is in inference mode, the new parameters are to be trained all the same.
+@torch.inference_mode(False)
 def prepare(model: Model, *args: Any, config: SLA2Config | None = None, **kwargs: Any) -> Model:
     """Attach learned state, at first neutral, to every attention site that the backend would convert.
 
@@ -115,6 +117,13 @@ def prepared_class(cls: Any) -> type[nn.Module]:
         return (_new_prepared, (cls,), *parts[2:])
 
     return _subclass(cls, (PreparedModule,), {"forward": forward, "__reduce_ex__": reduce})
+
+
+def unprepared_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class that `prepared_class` made `cls` from, also where FSDP2 swapped it again; others as they are."""
+    while issubclass(cls, PreparedModule):
+        cls = cls.__bases__[-1]
+    return cls
 
 
 def _new_prepared(cls: Any) -> nn.Module:

@@ -84,7 +84,7 @@ def train_site(
     again, with the hard choice of the trained router.
     """
     blocked = [_to_blocks(sample, device) for sample in samples]
-    usable = [sample for sample in blocked if len(sample.routed) > 0 and bool(sample.choosable.any())]
+    usable = [sample for sample in blocked if len(sample.routed) > 0 and sample.num_choosable > 0]
     if not usable:
         return
     optimizers = [_optimizer(learner.parameters, settings.lr) for learner in learners]

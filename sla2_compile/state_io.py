@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sla2_compile.learned_state import OwnerSettings, OwnerState
-from sla2_compile.prepare import STATE_NAME, attach_state, owner_state, prepared_owners
+from sla2_compile.prepare import STATE_NAME, attach_state, owner_state, prepared_owners, unprepared_class
 
 # Raised when files written before can no longer be read.
 FORMAT_VERSION = 1
@@ -23,23 +23,25 @@ def save_state(model: nn.Module, path: str | Path) -> None:
     """Write the learned state of a prepared model to a safetensors file.
 
     The file's metadata hold, for every owner of attention, the calls with state, their heads, sparsities, forms,
-    default sparsity and the settings they were calibrated with, and the version of this library.
+    default sparsity and the settings they were calibrated with, and the version of this library. Of a sharded model
+    (FSDP2) every rank calls this, and the first one writes.
 
     Args:
         model: prepared, calibrated or not.
-        path: of the file.
+        path: of the file, in a folder that exists.
 
     Raises:
-        ValueError: a model that is not prepared, or whose state holds no data.
+        ValueError: a model that is not prepared, or whose state holds no data; a path that cannot be written.
+        TypeError: something that is not a module.
     """
     from sla2_compile import __version__
 
-    root = getattr(model, "_orig_mod", model)
+    root = _module(model)
     owners = {name: owner_state(owner) for name, owner in prepared_owners(root)}
     if not owners:
         raise ValueError("model: expected a prepared model, got one without learned state; call prepare or calibrate")
     tensors = {
-        _tensor_name(owner, name): parameter.detach().contiguous()
+        _tensor_name(owner, name): _whole(parameter).detach().contiguous()
         for owner, state in owners.items()
         for name, parameter in state.named_parameters()
     }
@@ -49,9 +51,15 @@ def save_state(model: nn.Module, path: str | Path) -> None:
         "format_version": FORMAT_VERSION,
         "library_version": __version__,
         "owners": {name: json.loads(state.text) for name, state in owners.items()},
+        "peers": sorted(_peers(root, owners)),
     }
-    save_file, _ = _safetensors()
-    save_file(tensors, str(path), metadata={_KEY: json.dumps(description, sort_keys=True)})
+    if _is_sharded(owners.values()) and torch.distributed.get_rank() != 0:
+        return
+    save_file, _, unusable = _safetensors()
+    try:
+        save_file(tensors, str(path), metadata={_KEY: json.dumps(description, sort_keys=True)})
+    except unusable as error:
+        raise ValueError(f"path: expected a file in a folder that can be written, got {path} ({error})") from error
 
 
 def load_state(model: nn.Module, path: str | Path) -> None:
@@ -65,16 +73,25 @@ def load_state(model: nn.Module, path: str | Path) -> None:
         path: of the file.
 
     Raises:
-        ValueError: a file without learned state, or sites that do not match: the message lists missing and unexpected.
+        ValueError: a file without learned state, or sites that do not match: the message lists missing and unexpected;
+            a model that is sharded already.
+        TypeError: something that is not a module.
     """
-    root = getattr(model, "_orig_mod", model)
-    owners, tensors = _read(Path(path))
+    root = _module(model)
+    owners, peers, tensors = _read(Path(path))
     modules = dict(root.named_modules(remove_duplicate=False))
     present = {name: owner_state(owner) for name, owner in prepared_owners(root)}
+    if _is_sharded(present.values()):
+        raise ValueError("model: expected one that is not sharded yet, got DTensors; load its state, then shard it")
     expected = _site_names({name: state.settings for name, state in present.items()})
     given = _site_names(owners)
-    missing = sorted(expected - given)
-    unexpected = sorted(given - expected) if present else sorted(_site_names(_absent(owners, modules)))
+    if present:
+        missing, unexpected = sorted(expected - given), sorted(given - expected)
+    else:
+        # Without a dry run: modules like the owners that the file knows nothing of may be sites too.
+        found = {name: settings for name, settings in owners.items() if name in modules}
+        missing = sorted(name or "root" for name in _peers(root, found) - peers)
+        unexpected = sorted(given - _site_names(found))
     if missing or unexpected:
         raise ValueError(
             f"path: expected the sites of this model in {path}; missing from the file: {_listed(missing)}; "
@@ -97,12 +114,40 @@ def load_state(model: nn.Module, path: str | Path) -> None:
             attach_state(modules[name], state if device.type == "meta" else state.to(device))
 
 
-def _read(path: Path) -> tuple[dict[str, OwnerSettings], dict[str, Tensor]]:
-    """The settings by owner and all tensors of a file."""
-    _, safe_open = _safetensors()
-    with safe_open(str(path), framework="pt") as file:
-        metadata = file.metadata() or {}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+def _module(model: Any) -> nn.Module:
+    """The model itself, if it was compiled."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}; state belongs to modules")
+    root: nn.Module = getattr(model, "_orig_mod", model)
+    return root
+
+
+def _peers(root: nn.Module, owners: Collection[str]) -> set[str]:
+    """Names of the modules that are of the same classes as the owners: the other blocks, with state or without."""
+    modules = dict(root.named_modules(remove_duplicate=False))
+    classes = tuple({unprepared_class(type(modules[name])) for name in owners})
+    return {name for name, module in modules.items() if isinstance(module, classes)}
+
+
+def _is_sharded(states: Iterable[OwnerState]) -> bool:
+    return any(hasattr(x, "full_tensor") for state in states for x in state.parameters())
+
+
+def _whole(x: Tensor) -> Tensor:
+    """A DTensor gathered from all ranks; other tensors as they are."""
+    whole: Tensor = x.full_tensor() if hasattr(x, "full_tensor") else x
+    return whole
+
+
+def _read(path: Path) -> tuple[dict[str, OwnerSettings], set[str], dict[str, Tensor]]:
+    """The settings by owner, the names of modules like the owners, and all tensors of a file."""
+    _, safe_open, unusable = _safetensors()
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+    except unusable as error:
+        raise ValueError(f"path: expected a safetensors file written by save_state, got {path} ({error})") from error
     if _KEY not in metadata:
         raise ValueError(
             f"path: expected a file written by save_state, got {path}, whose metadata have no {_KEY!r} entry"
@@ -114,7 +159,7 @@ def _read(path: Path) -> tuple[dict[str, OwnerSettings], dict[str, Tensor]]:
             f"{description['library_version']} of this library; use that version or calibrate anew"
         )
     owners = {name: OwnerSettings.from_json(json.dumps(value)) for name, value in description["owners"].items()}
-    return owners, tensors
+    return owners, set(description["peers"]), tensors
 
 
 def _new_state(owner: str, settings: OwnerSettings, tensors: dict[str, Tensor]) -> OwnerState:
@@ -150,10 +195,6 @@ def _check_heads(name: str, present: OwnerState | None, settings: OwnerSettings)
             )
 
 
-def _absent(owners: dict[str, OwnerSettings], modules: dict[str, nn.Module]) -> dict[str, OwnerSettings]:
-    return {name: settings for name, settings in owners.items() if name not in modules}
-
-
 def _site_names(owners: dict[str, OwnerSettings]) -> set[str]:
     return {
         (name or "root") + (f"#{call.ordinal}" if call.ordinal else "")
@@ -171,11 +212,11 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names) or "none"
 
 
-def _safetensors() -> tuple[Callable[..., None], Callable[..., Any]]:
-    """Its `save_file` and `safe_open`."""
+def _safetensors() -> tuple[Callable[..., None], Callable[..., Any], type[Exception]]:
+    """Its `save_file` and `safe_open`, and what they raise for files that they cannot use."""
     try:
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
         from safetensors.torch import save_file
     except ImportError as error:
         raise ImportError("expected safetensors for learned state; pip install 'sla2-compile[calibrate]'") from error
-    return save_file, safe_open
+    return save_file, safe_open, SafetensorError

@@ -1,11 +1,13 @@
-"""One of two processes that train a prepared model under FSDP2, against the whole model; run by test_sharding.py."""
+"""One of two processes that save and train a prepared model under FSDP2, against the whole; run by test_sharding.py."""
 
 from __future__ import annotations
 
 import copy
 import os
 import sys
+from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from learned_models import randomize
@@ -16,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from sla2_compile import prepare
+from sla2_compile import load_state, prepare, save_state
 from sla2_compile.backend import build_backend
 
 
@@ -53,6 +55,13 @@ def main(rank: int, store: str) -> None:
     state = {name: value for name, value in sharded.named_parameters() if ".sla2." in name}
     assert len(state) == 8
     assert all(isinstance(value, DTensor) for value in state.values())
+
+    save_state(sharded, f"{store}.sharded")
+    if rank == 0:
+        save_state(model, f"{store}.whole")
+        assert Path(f"{store}.sharded").read_bytes() == Path(f"{store}.whole").read_bytes()
+        with pytest.raises(ValueError, match="expected one that is not sharded yet"):
+            load_state(sharded, f"{store}.whole")
 
     expected_out, expected = train(compile_blocks(model), x)
     out, trained = train(compile_blocks(sharded), x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import os
@@ -30,14 +31,20 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Any:
     return load
 
 
-def run_tiny(module: str, out: Path, *arguments: str) -> tuple[dict[str, Any], str]:
-    """The record and the output of a tiny run on the CPU."""
-    command = [sys.executable, "-m", f"benchmarks.{module}", "--device", "cpu", "--tiny", "--out", str(out), *arguments]
+def run_benchmark(module: str, *arguments: str) -> str:
+    """The output of a run on the CPU."""
+    command = [sys.executable, "-m", f"benchmarks.{module}", "--device", "cpu", *arguments]
     # One thread: on sizes this small several only wait for each other.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    return json.loads((out / f"{module}.json").read_text()), result.stdout
+    return result.stdout
+
+
+def run_tiny(module: str, out: Path, *arguments: str) -> tuple[dict[str, Any], str]:
+    """The record and the output of a tiny run."""
+    output = run_benchmark(module, "--tiny", "--out", str(out), *arguments)
+    return json.loads((out / f"{module}.json").read_text()), output
 
 
 def check_attention_record(record: dict[str, Any], output: str) -> None:
@@ -154,6 +161,24 @@ def test_a_case_without_time_left_is_kept_with_its_reason(load: Any, tmp_path: P
     run.case(lambda: pytest.fail("must not start"), section="forward", name="late")
     assert "time was spent" in run.rows[0]["not_run"]
     assert json.loads((tmp_path / "attention.json").read_text())["rows"] == run.rows
+
+
+def test_calibration_is_timed_after_its_kernels_are_compiled_and_scaled_in_the_open() -> None:
+    sizes = {"heads": 1, "head-dim": 16, "tokens": 512, "layers": 1, "steps": 4, "batches": 2}
+    output = run_benchmark("calibration", *(part for name, n in sizes.items() for part in (f"--{name}", str(n))))
+    for part in ("the blocked implementation", "attentions.0", "for a short calibration that compiles", "scaled to 30"):
+        assert part in output
+
+
+def test_every_group_of_sites_but_the_first_costs_another_pass_of_the_full_model(load: Any) -> None:
+    sizes = {"tokens": 1024, "heads": 8, "head_dim": 128, "batches": 16, "layers": 2, "full_layers": 30}
+    args = argparse.Namespace(**sizes, memory_gib=1.0, sparsity=[0.95, 0.97])
+    # 112 MiB a layer, so nine layers fit in a group.
+    figures = load("calibration").scale_up(args, measured=10.0, forward=0.5, dtype=torch.bfloat16)
+    assert figures["full_groups"] == 4
+    assert figures["full_passes_seconds"] == 16 * 0.5 * 15 * 3
+    assert figures["full_seconds"] == 10 * 15 + 16 * 0.5 * 15 * 3
+    assert figures["full_seconds_per_sparsity"] == figures["full_seconds"] / 2
 
 
 @pytest.mark.slow

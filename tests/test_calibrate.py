@@ -159,15 +159,42 @@ def test_the_same_seed_gives_the_same_state_whatever_the_groups_and_another_seed
 
 def test_groups_fit_the_memory_and_a_site_that_does_not_is_an_error() -> None:
     model = prepare(sharp(Blocks()), batches()[0], config=SMALL)
-    capture = Capture(model, SMALL, "host")
-    sizes = capture.measure(batches()[0])
+    training, held_out = batches()[:3], batches()[3:]
+    sizes = Capture(model, SMALL, "host").measure(training, held_out)
     assert [size.key for size in sizes] == [SiteKey("blocks.0", 0), SiteKey("blocks.1", 0)]
-    assert {size.num_bytes for size in sizes} == {3 * 256 * WIDTH * 4}
-    needed = sizes[0].num_bytes * 4.5 / 2**30
-    assert [len(group) for group in group_sites(sizes, 4, 1, 2.1 * needed)] == [2]
-    assert [len(group) for group in group_sites(sizes, 4, 1, 1.9 * needed)] == [1, 1]
+    assert {size.num_bytes for size in sizes} == {3 * 256 * WIDTH * 4 * 4.5}
+    needed = sizes[0].num_bytes / 2**30
+    assert [len(group) for group in group_sites(sizes, 2.1 * needed)] == [2]
+    assert [len(group) for group in group_sites(sizes, 1.9 * needed)] == [1, 1]
     with pytest.raises(ValueError, match=r"memory_gib: expected at least .* for the samples of blocks\.0 alone"):
-        group_sites(sizes, 4, 1, 0.9 * needed)
+        group_sites(sizes, 0.9 * needed)
+
+
+def test_batches_of_other_lengths_count_with_their_own_size() -> None:
+    model = prepare(sharp(Blocks()), structured(), config=SMALL)
+    (size, _) = Capture(model, SMALL, "host").measure([structured(), structured(512), structured(512)], [structured()])
+    assert size.num_bytes == 3 * WIDTH * 4 * (256 * 2.5 + 512 * 2)
+
+
+@pytest.mark.parametrize(("reach_both", "expected"), [([0, 1, 1, 1], []), ([1, 1, 0, 1], ["blocks.1"])])
+def test_a_site_that_only_some_batches_reach_is_calibrated_or_named(reach_both: list[int], expected: list[str]) -> None:
+    class Conditional(Blocks):
+        def forward(self, x: Tensor, both: bool = True) -> Tensor:
+            return super().forward(x) if both else self.blocks[0](x)
+
+    model = prepare(sharp(Conditional()), structured(), config=SMALL)
+    inputs = [(x, bool(both)) for x, both in zip(batches(), reach_both, strict=True)]  # the third is held out
+    report = calibrate(model, inputs, sparsity=0.75, config=SMALL, steps=4, progress=False)
+    assert report.skipped == expected
+    assert {"blocks.0", "blocks.1"} == {site.name for site in report.sites} | set(expected)
+    assert owner_state(model.blocks[1]).settings.calls[0].is_calibrated == (not expected)
+
+
+def test_a_caller_in_inference_mode_gets_state_that_trains() -> None:
+    with torch.inference_mode():
+        model = sharp(Blocks())
+        run(model, steps=4)
+    assert not any(p.is_inference() for name, p in model.named_parameters() if ".sla2." in name)
 
 
 def test_captured_samples_are_what_attention_saw() -> None:
@@ -250,13 +277,16 @@ def test_the_report_prints_converts_to_plain_values_and_to_a_page() -> None:
     text = str(report)
     assert "blocks.1" in text
     assert "paper's form" in text
-    assert "summed error" in text
+    assert "spread: blocks.0 75 %, blocks.1 75 %" in text
     values = json.loads(json.dumps(report.to_dict()))
     assert len(values["sites"][0]["results"][0]["curves"]["pooled, row"]) == 8
     page = report.to_html()
     assert page.startswith("<!doctype html>")
     assert page.count("<svg") == 2
-    assert "<polyline" in page
+    assert page.count("<polyline") == 2 * 4
+    # A figure says how many steps it shows, and where their three phases meet.
+    assert page.count(">8</text>") == 2
+    assert page.count('<line x1="75.0"') == page.count('<line x1="225.0"') == 2
 
 
 def test_masks_grouped_heads_and_16_bit_batches_calibrate() -> None:
@@ -291,7 +321,11 @@ def test_arguments_that_cannot_work_are_errors() -> None:
         ({"sparsity": 1.5}, r"sparsity: expected a fraction in \(0, 1\), got \[1.5\]"),
         ({"budget": 0}, r"budget: expected a fraction"),
         ({"tails": ("cubic",)}, "tails: expected some of 'pooled', 'linear'"),
-        ({"steps": 0}, "steps and num_query_blocks: expected at least 1"),
+        ({"steps": 0}, "steps: expected an integer of at least 1, got 0"),
+        ({"num_query_blocks": 1.5}, r"num_query_blocks: expected an integer of at least 1, got 1\.5"),
+        ({"lr": 0}, "lr: expected a positive number, got 0"),
+        ({"tau": "x"}, "tau: expected a positive number, got 'x'"),
+        ({"memory_gib": -1}, "memory_gib: expected a positive number, got -1"),
         ({"store": "disk"}, "store: expected 'host' or 'device', got 'disk'"),
         ({"held_out_ratio": 1}, "held_out_ratio: expected a fraction"),
     ]
@@ -300,6 +334,15 @@ def test_arguments_that_cannot_work_are_errors() -> None:
             run(Blocks(), **settings)
     with pytest.raises(ValueError, match="batches: expected at least two"):
         calibrate(Blocks(), [tokens()], config=SMALL)
+    kinds: list[tuple[Any, Any, Any, str]] = [
+        (torch.relu, [tokens(), tokens()], SMALL, r"model: expected a torch\.nn\.Module, got builtin"),
+        (Blocks(), tokens(), SMALL, "batches: expected a list of the model's inputs, got Tensor"),
+        (Blocks(), 5, SMALL, "batches: expected a list of the model's inputs, got int"),
+        (Blocks(), [tokens(), tokens()], {"sparsity": 0.5}, "config: expected an SLA2Config or None, got dict"),
+    ]
+    for model, inputs, config, message in kinds:
+        with pytest.raises(TypeError, match=message):
+            calibrate(model, inputs, config=config)
 
 
 # The soft attention that training uses

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import SMALL, Attention, Blocks, tokens
+from small_models import SMALL, Attention, Blocks, KeepGraphs, tokens
 from torch import Tensor, nn
 
 import sla2_compile
@@ -73,13 +73,13 @@ def test_the_picture_shows_the_router_s_own_choice() -> None:
     torch.testing.assert_close(site.mask, expected)
 
 
-def test_explaining_changes_neither_weights_nor_randomness() -> None:
-    model = Blocks()
-    weights = {name: x.clone() for name, x in model.state_dict().items()}
+def test_explaining_changes_neither_weights_nor_buffers_nor_randomness() -> None:
+    model = nn.Sequential(Blocks(), nn.BatchNorm1d(64), nn.Dropout(0.5))
+    before = {name: x.clone() for name, x in model.state_dict().items()}
     state = torch.get_rng_state()
     sla2_compile.explain(model, tokens(), config=SMALL)
     assert torch.equal(state, torch.get_rng_state())
-    assert all(torch.equal(x, weights[name]) for name, x in model.state_dict().items())
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
 
 
 def test_graphs_of_a_broken_model_are_one_report() -> None:
@@ -99,6 +99,16 @@ def test_it_can_be_asked_any_number_of_times() -> None:
         config = SLA2Config(sparsity=sparsity, block_q=16, block_k=16, min_seq_len=0)
         (site,) = sla2_compile.explain(model, tokens(320), config=config).to_dict()["sites"]
         assert site["delivered_sparsity"] == pytest.approx(sparsity, abs=0.051)
+
+
+def test_many_explanations_leave_room_for_the_compilation_that_matters() -> None:
+    # Dynamo stops compiling a function, silently, when it holds too many versions of it.
+    model = Blocks()
+    for num_tokens in range(64, 74):
+        sla2_compile.explain(model, tokens(num_tokens), config=SMALL)
+    graphs = KeepGraphs()
+    torch.compile(model, backend=graphs)(tokens())
+    assert len(graphs.graphs) == 1
 
 
 def test_meta_tensors_give_everything_but_pictures() -> None:
@@ -199,6 +209,18 @@ def test_an_unknown_option_on_the_command_line_lists_the_known(
 ) -> None:
     assert run_explain(wan_config, "--option", "sparsty=0.9") == 2
     assert "expected any of sparsity" in capsys.readouterr().err
+
+
+def test_inputs_that_the_model_cannot_take_say_so_with_their_shapes(
+    wan_config: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inputs = ("hidden_states=1x16x8x8", "timestep=1:int64", "encoder_hidden_states=1x8x64")
+    assert (
+        main(["explain", "WanTransformer3DModel", wan_config, *(part for x in inputs for part in ("--input", x))]) == 2
+    )
+    error = capsys.readouterr().err
+    assert "--input: expected shapes and dtypes that WanTransformer3DModel.forward can take" in error
+    assert "hidden_states (1, 16, 8, 8)" in error
 
 
 def test_the_doctor_names_versions_devices_kernels_and_why_not(capsys: pytest.CaptureFixture[str]) -> None:

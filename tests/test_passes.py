@@ -86,6 +86,19 @@ def test_a_site_in_a_plain_function_is_named_root() -> None:
     assert (site.name, site.verdict) == ("root", "sla2")
 
 
+@pytest.mark.parametrize("spelling", [F.scaled_dot_product_attention, lambda q, k, v: (q @ k.mT / 4).softmax(-1) @ v])
+def test_attention_to_what_another_attention_gave_is_rewritten_too(spelling: Any) -> None:
+    def chain(q: Tensor) -> Tensor:
+        y = spelling(q, q, q)
+        return spelling(y, q, y)
+
+    q = heads(64)
+    sites, backend = convert_model(chain, q)
+    assert [site.verdict for site in sites] == ["sla2", "sla2"]
+    y = reference.attention(q, q, q, config=SMALL)
+    torch.testing.assert_close(backend.graphs[0](q)[0], reference.attention(y, q, y, config=SMALL))
+
+
 def test_positional_and_keyword_arguments_are_bound_alike() -> None:
     q, k, v = heads(64), heads(48), heads(48)
     mask = torch.ones(1, 1, 1, 48, dtype=torch.bool)

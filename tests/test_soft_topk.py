@@ -54,7 +54,8 @@ def test_the_gradient_of_a_row_sums_to_zero_and_is_finite(name: str) -> None:
     weights = _normal(*scores.shape, seed=1)
     (grad,) = torch.autograd.grad((soft_topk(scores, 0.05) * weights).sum(), scores)
     assert bool(grad.isfinite().all())
-    torch.testing.assert_close(grad.sum(-1), torch.zeros(grad.shape[:-1]), rtol=0, atol=1e-4)
+    # Against the gradient itself: that of a nearly hard row is tiny, and would sum to almost 0 whatever it was.
+    assert bool((grad.double().sum(-1).abs() <= 1e-6 * grad.double().abs().sum(-1)).all())
 
 
 def test_a_constant_added_to_a_row_changes_nothing() -> None:
@@ -93,3 +94,5 @@ def test_arguments_out_of_range_are_errors() -> None:
         soft_topk(torch.zeros(1, 4), 0)
     with pytest.raises(ValueError, match="tau: expected a positive number"):
         soft_topk(torch.zeros(1, 4), 0.5, tau=0)
+    with pytest.raises(TypeError, match=r"scores: expected a floating tensor .*, got torch.int64 of shape \(1, 4\)"):
+        soft_topk(torch.zeros(1, 4, dtype=torch.int64), 0.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import subprocess
@@ -17,7 +18,7 @@ from torch import nn
 
 from sla2_compile.calibrate import calibrate
 from sla2_compile.learned_state import CallSettings, Entry, LearnedParameters
-from sla2_compile.prepare import owner_state, prepare
+from sla2_compile.prepare import owner_state, prepare, prepared_owners
 from sla2_compile.state_io import load_state, save_state
 
 pytest.importorskip("safetensors")
@@ -126,6 +127,10 @@ def test_sites_that_do_not_match_are_listed(tmp_path: Path) -> None:
     longer.blocks.append(Attention())
     with pytest.raises(ValueError, match=r"missing from the file: blocks\.2; unexpected in it: none"):
         load_state(prepare(longer, tokens(), config=SMALL), path)
+    another = Blocks()
+    another.blocks.append(Attention())
+    with pytest.raises(ValueError, match=r"missing from the file: blocks\.2; unexpected in it: none"):
+        load_state(another, path)
     shorter = Blocks()
     del shorter.blocks[1]
     with pytest.raises(ValueError, match=r"missing from the file: none; unexpected in it: blocks\.1"):
@@ -169,6 +174,25 @@ def test_files_and_models_without_state_are_refused(tmp_path: Path) -> None:
         load_state(Blocks(), path)
     with pytest.raises(ValueError, match="expected a prepared model"):
         save_state(Blocks(), path)
+
+
+def test_modules_like_the_owners_that_had_no_state_need_none_when_it_is_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    save_state(prepare(Blocks(), tokens(), config=dataclasses.replace(SMALL, exclude=("blocks.1",))), path)
+    model = Blocks()
+    load_state(model, path)
+    assert [name for name, _ in prepared_owners(model)] == ["blocks.0"]
+
+
+def test_paths_and_models_that_cannot_be_used_are_errors(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("hello")
+    with pytest.raises(ValueError, match="path: expected a safetensors file written by save_state"):
+        load_state(Blocks(), tmp_path / "text")
+    with pytest.raises(ValueError, match="path: expected a file in a folder that can be written"):
+        save_state(learned_blocks(), tmp_path / "missing" / "state.safetensors")
+    for call in (save_state, load_state):
+        with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got int"):
+            call(5, tmp_path / "text")  # type: ignore[arg-type]
 
 
 def test_a_logit_learned_at_one_length_serves_others_with_an_error_that_grows_smoothly() -> None:

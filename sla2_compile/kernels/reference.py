@@ -227,11 +227,11 @@ def interpolate_logit(logit: Tensor, num_query_blocks: int) -> Tensor:
     if isinstance(num_query_blocks, int) and given == num_query_blocks:
         return logit
     # Made from the logit, so that a sharded one meets tensors of its own kind.
-    place = (logit.detach().new_ones(num_query_blocks).cumsum(0) - 0.5) * given / num_query_blocks
-    place = (place - 0.5).clamp(0, given - 1)
-    lower = place.long()
-    # F.interpolate would do the same, but its backward on CUDA is not deterministic.
-    return torch.lerp(logit[:, lower], logit[:, (lower + 1).clamp(max=given - 1)], place - lower)
+    ones = logit.detach().new_ones
+    place = (ones(num_query_blocks).cumsum(0) - 0.5) * given / num_query_blocks
+    distance = (place - 0.5).clamp(0, given - 1)[None] - (ones(given).cumsum(0) - 1)[:, None]
+    # Not F.interpolate, whose backward on CUDA is not deterministic, nor indices: DTensors have none in torch 2.11.
+    return (logit[:, :, None] * (1 - distance.abs()).clamp(min=0)).sum(1)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -246,16 +246,24 @@ def soft_topk(scores: Tensor, kept_ratio: float, tau: float = 0.1) -> Tensor:
     gradient is exact: it passes through lambda, so that adding a constant to a row changes nothing.
 
     Args:
-        scores: (..., M, T) floating, finite, or -inf for a block that must not be kept.
+        scores: (..., M, T) floating, finite, or -inf for a block that must not be kept. Use float32 or more: a mask in
+            16 bits does not keep its sum.
         kept_ratio: in (0, 1]. A row needs more than `kept_ratio * T` blocks that are not -inf.
         tau: temperature, > 0; towards 0 the mask becomes the hard one.
 
     Returns:
         (..., M, T) in the dtype of `scores`, from 0 to 1, rows summing to `kept_ratio * T`.
+
+    Raises:
+        ValueError: `kept_ratio` or `tau` out of range.
+        TypeError: scores that are no floating tensor.
     """
-    if not 0 < kept_ratio <= 1:
+    if not isinstance(scores, Tensor) or not scores.is_floating_point() or scores.dim() == 0:
+        got = f"{scores.dtype} of shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
+        raise TypeError(f"scores: expected a floating tensor (..., M, T), got {got}; convert them")
+    if not isinstance(kept_ratio, (int, float)) or not 0 < kept_ratio <= 1:
         raise ValueError(f"kept_ratio: expected a fraction in (0, 1], got {kept_ratio!r}; it is 1 - sparsity")
-    if not tau > 0:
+    if not isinstance(tau, (int, float)) or not tau > 0:
         raise ValueError(f"tau: expected a positive number, got {tau!r}; the paper's is 0.1")
     return _SoftTopK.apply(scores, kept_ratio, tau)
 
@@ -288,8 +296,11 @@ class _SoftTopK(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (mask,) = ctx.saved_tensors
+        # In float64: where a row is nearly hard, what remains is a difference of almost equal numbers.
+        mask, wide_grad = (x if x.device.type == "mps" else x.double() for x in (mask, grad))
         slope = mask * (1 - mask)
         total = slope.sum(-1, keepdim=True)
         # d lambda / d scores_ij = -slope_ij / (tau sum_j slope_ij); a row that is hard everywhere has no gradient.
         share = slope / torch.where(total > 0, total, 1)
-        return (slope * grad - share * (slope * grad).sum(-1, keepdim=True)) / ctx.tau, None, None
+        wide = (slope * wide_grad - share * (slope * wide_grad).sum(-1, keepdim=True)) / ctx.tau
+        return wide.to(grad.dtype), None, None

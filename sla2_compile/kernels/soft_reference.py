@@ -50,6 +50,7 @@ class BlockedSample:
     scale: float
     config: SLA2Config
     choosable: Tensor = field(init=False)  # (T,) bool: key blocks that the router may choose
+    num_choosable: int = field(init=False)
     exact: Tensor = field(init=False)  # (T,) bool: key blocks that every query keeps
     routed: range = field(init=False)  # query blocks that have a router
 
@@ -60,6 +61,7 @@ class BlockedSample:
         block = torch.arange(len(self.n), device=self.n.device)
         self.exact = (block < exact.num_first) | (block >= exact.last_start)
         self.choosable = ~self.exact & (self.n > 0)
+        self.num_choosable = int(self.choosable.sum())
         rows = exact_query_blocks(q_len, kv_len, self.config.block_q, prefix, suffix)
         self.routed = range(rows.num_first, rows.last_start)
 
@@ -147,7 +149,7 @@ def router_scores(step: Step, proj_q: Tensor, proj_k: Tensor) -> Tensor:
 
 def num_kept(sample: BlockedSample, sparsity_units: int) -> int:
     """Blocks that the router keeps for a query block of this sample."""
-    return min(int(num_kept_blocks(len(sample.n), sparsity_units)), int(sample.choosable.sum()))
+    return min(num_kept_blocks(len(sample.n), sparsity_units), sample.num_choosable)
 
 
 def hard_mask(sample: BlockedSample, scores: Tensor, sparsity_units: int) -> Tensor:
@@ -160,7 +162,7 @@ def hard_mask(sample: BlockedSample, scores: Tensor, sparsity_units: int) -> Ten
 def soft_mask(sample: BlockedSample, scores: Tensor, sparsity_units: int, tau: float) -> Tensor:
     """SoftTop-k with as many blocks in sum as the hard choice keeps: (H, R, T)."""
     kept = num_kept(sample, sparsity_units)
-    if kept == int(sample.choosable.sum()):
+    if kept == sample.num_choosable:
         mask = sample.choosable.to(scores.dtype).expand_as(scores)
     else:
         mask = F.threshold(soft_topk(scores, kept / len(sample.n), tau), NEGLIGIBLE, 0.0)

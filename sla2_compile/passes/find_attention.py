@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch.fx import GraphModule, Node
@@ -22,7 +23,13 @@ from sla2_compile.passes.sites import Site
 
 # The signature of F.scaled_dot_product_attention, a builtin that inspect cannot read.
 _POSITIONAL = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-_DEFAULTS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
+_DEFAULTS: dict[str, Any] = {
+    "attn_mask": None,
+    "dropout_p": 0.0,
+    "is_causal": False,
+    "scale": None,
+    "enable_gqa": False,
+}
 
 ROOT_NAME = "root"
 
@@ -51,10 +58,15 @@ def find_attention(gm: GraphModule, proposals: Sequence[Proposal] = ()) -> list[
 def _site(name: str, owner: GraphModule, node: Node, proposal: Proposal | None) -> Site:
     if proposal is not None and proposal.attention is None:
         return Site(name, owner, node, arguments={}, q_shape=(), kv_len=0, proposal=proposal)
-    arguments = _DEFAULTS | dict(zip(_POSITIONAL, node.args, strict=False)) | dict(node.kwargs)
+    arguments = call_arguments(node)
     q_shape = tuple(example_value(arguments["query"]).shape)
     kv_len = example_value(arguments["key"]).shape[-2]
     return Site(name, owner, node, arguments, q_shape, kv_len, proposal)
+
+
+def call_arguments(node: Node) -> dict[str, Any]:
+    """The arguments of an SDPA node by their names."""
+    return _DEFAULTS | dict(zip(_POSITIONAL, node.args, strict=False)) | dict(node.kwargs)
 
 
 def walk(gm: GraphModule) -> Iterator[tuple[GraphModule, Node]]:

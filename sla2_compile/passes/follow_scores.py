@@ -212,10 +212,14 @@ def _what(chain: ScoreChain) -> str:
     return "scores" if chain.keys is None else "probabilities"
 
 
+_COMPARISONS = {f"__{name}__": name for name in ("eq", "ne", "lt", "le", "gt", "ge")}
+
+
 def op_name(node: Node) -> str:
     """What a node of PyTorch's own operations is called; empty for other functions."""
     if node.op == "call_method":
-        return str(node.target)
+        # torch 2.11 has `x == y` as a call of the method __eq__, later versions as one of the operator eq.
+        return _COMPARISONS.get(str(node.target), str(node.target))
     module = getattr(node.target, "__module__", None) or "torch"
     if node.op != "call_function" or not module.startswith(("torch", "_operator")):
         return ""

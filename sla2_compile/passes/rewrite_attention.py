@@ -12,6 +12,7 @@ from torch.fx import Node
 from sla2_compile.functional import config_arguments
 from sla2_compile.kernels.settings import empty_output
 from sla2_compile.passes.edit_graph import erase_dead, example_value
+from sla2_compile.passes.find_attention import call_arguments
 from sla2_compile.passes.sites import Site
 
 # Methods that give a view of their tensor, so that a `view` further down still depends on the attention's strides.
@@ -28,7 +29,9 @@ def rewrite_attention(sites: list[Site]) -> int:
 
 def _rewrite(site: Site) -> None:
     assert site.config is not None
-    arguments, old = site.arguments, site.node
+    old = site.node
+    # Read anew: where it attends to what an attention before it gave, that node has been replaced since.
+    arguments = call_arguments(old) | {"attn_mask": site.arguments["attn_mask"]}
     q, k, v, mask = (arguments[name] for name in ("query", "key", "value", "attn_mask"))
     with site.owner.graph.inserting_before(old):
         new = site.owner.graph.call_function(

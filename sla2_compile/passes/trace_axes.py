@@ -115,7 +115,7 @@ def _nested(gm: GraphModule, node: Node, known: AxesOf) -> Any:
         trace_axes(nested, known)
         return _fresh(node)
     trace_axes(nested, known, [known.get(x) if isinstance(x, Node) else None for x in rest])
-    results = known[next(reversed(nested.graph.nodes))]
+    results = known[nested.graph.output_node()]
     value = example_value(node)
     if isinstance(value, (tuple, list)) and len(value) == len(results):
         return tuple(results)
