@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-export test-all lint format bench bench-model bench-cpu paper-table clean
+.PHONY: help demo test test-export test-all coverage lint format bench bench-model bench-cpu paper-table clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -39,6 +39,9 @@ test-export: $(VENV)/dev.stamp ## third-party models exported in every format bu
 
 test-all: lint ## the same with the slow tests
 	$(BIN)/python -m pytest
+
+coverage: $(VENV)/dev.stamp ## check some 130 models of other libraries and write docs/coverage.md (about fifteen minutes)
+	PYTHONPATH=tests $(BIN)/python tests/families/write_page.py
 
 lint: $(VENV)/dev.stamp ## ruff and mypy
 	$(BIN)/ruff check .

@@ -21,9 +21,9 @@ import sla2_compile.ops  # noqa: F401  (registers the operators)
 from sla2_compile.config import SLA2Config
 from sla2_compile.dense import CompileGraph, copy_graph, with_dense_twin
 from sla2_compile.passes.decide import check_patterns
-from sla2_compile.passes.find_broken_attention import is_whole_model
 from sla2_compile.passes.pipeline import convert
 from sla2_compile.passes.sites import Site
+from sla2_compile.passes.whole_model import is_whole_model
 
 
 def sla2(
@@ -35,12 +35,15 @@ def sla2(
         gm: the graph.
         example_inputs: its fake inputs.
         mode: Inductor's, as for torch.compile: "default", "reduce-overhead", "max-autotune" and so on.
-        options: fields of `SLA2Config`.
+        options: fields of `SLA2Config`; and "mode", as torch.compile takes either a mode or options.
 
     Raises:
         ValueError: an unknown mode or option, an option out of range, or a site that `strict` insists on.
         TypeError: an option of the wrong type.
     """
+    if isinstance(options, Mapping) and "mode" in options:
+        mode = options["mode"]
+        options = {name: value for name, value in options.items() if name != "mode"}
     config = SLA2Config.from_options(options)
     compile_graph = functools.partial(_compile_with_inductor, config_patches=_mode_options(mode))
     return build_backend(config, compile_graph, sparsity_is_default="sparsity" not in (options or {}))(
@@ -94,15 +97,17 @@ def _is_calibrated(site: Site) -> bool:
 
 
 def _report_unconverted(gm: GraphModule, sites: list[Site], config: SLA2Config) -> None:
-    """Say once that nothing became SLA2; an error under `strict` where the graph is the whole model."""
-    if any(site.verdict == "sla2" for site in sites) or (not sites and not is_whole_model(gm)):
+    """Say that nothing became SLA2; under `strict` an error, except for a part of a model: another may have some."""
+    is_whole = is_whole_model(gm)
+    if any(site.verdict == "sla2" for site in sites) or (not sites and not is_whole):
         return
     if sites:
         reasons = "; ".join(sorted({site.reason for site in sites}))
-        what = f"none of the {len(sites)} attention sites of a compiled graph was converted ({reasons})"
+        where = "the model" if is_whole else "a part of the model between graph breaks"
+        what = f"none of the {len(sites)} attention sites of {where} was converted ({reasons})"
     else:
         what = "the model holds no attention that the backend knows"
-    if config.strict:
+    if config.strict and is_whole:
         raise ValueError(
             f"strict: expected at least one converted attention site, but {what}; drop strict or the backend"
         )

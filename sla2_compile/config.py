@@ -107,7 +107,7 @@ class SLA2Config:
         if unknown:
             raise ValueError(
                 f"options: unknown key{'s' if len(unknown) > 1 else ''} {', '.join(map(repr, unknown))}; "
-                f"expected any of {', '.join(known)}; Inductor's own settings are chosen with mode=..."
+                f"expected any of {', '.join(known)}; a mode of Inductor's is given as mode=..., or here as mode"
             )
         return cls(**options)
 

@@ -194,7 +194,7 @@ def _metadata(sites: list[Site], what: dict[str, Any]) -> dict[str, Any]:
     return {
         **what,
         "versions": _versions(),
-        "sites": [SiteReport(site).to_dict() | _settings(site) for site in sites],
+        "sites": [SiteReport(site, site.name).to_dict() | _settings(site) for site in sites],
     }
 
 

@@ -17,7 +17,7 @@ def report_table(sites: list[dict[str, Any]]) -> str:
         return "no attention site was found"
     rows = [
         [
-            site["name"],
+            _name(site),
             site["verdict"],
             "x".join(map(str, site["q_shape"])),
             site["kv_len"],
@@ -47,8 +47,8 @@ def summary(sites: list[dict[str, Any]]) -> str:
     )
 
 
-def report_page(sites: list[dict[str, Any]], masks: list[Tensor | None]) -> str:
-    """A self-contained HTML page: the table, and each mask (M, T) as a picture."""
+def report_page(sites: list[dict[str, Any]], masks: list[Tensor | None], note: str = "") -> str:
+    """A self-contained HTML page: the table, a note below it, and each mask (M, T) as a picture."""
     from jinja2 import Environment
 
     template = files("sla2_compile").joinpath("report.html.jinja").read_text(encoding="utf-8")
@@ -56,6 +56,7 @@ def report_page(sites: list[dict[str, Any]], masks: list[Tensor | None]) -> str:
     rows = [
         site
         | {
+            "name": _name(site),
             "shape": " x ".join(map(str, site["q_shape"])),
             "requested": _percent(site["requested_sparsity"], site["verdict"]),
             "delivered": _percent(site["delivered_sparsity"], site["verdict"]),
@@ -65,9 +66,8 @@ def report_page(sites: list[dict[str, Any]], masks: list[Tensor | None]) -> str:
         }
         for site, picture in zip(sites, pictures, strict=True)
     ]
-    return (
-        Environment(autoescape=True).from_string(template).render(sites=rows, summary=summary(sites) if sites else "")
-    )
+    environment = Environment(autoescape=True)
+    return environment.from_string(template).render(sites=rows, summary=summary(sites) if sites else "", note=note)
 
 
 def _picture(mask: Tensor) -> str:
@@ -87,6 +87,12 @@ def _picture(mask: Tensor) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _name(site: dict[str, Any]) -> str:
+    """Its place in the model and, where they differ, the name that patterns match."""
+    name, pattern_name = site["name"], site["pattern_name"]
+    return str(name) if name == pattern_name else f"{name} ({pattern_name})"
 
 
 def _percent(share: float, verdict: str) -> str:

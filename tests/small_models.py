@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from sla2_compile.config import SLA2Config
+from sla2_compile.kernels import reference
 
 HEADS, HEAD_DIM = 2, 16
 WIDTH = HEADS * HEAD_DIM
@@ -54,6 +56,17 @@ def tokens(num_tokens: int = 64, **kwargs: Any) -> Tensor:
     return torch.randn(1, num_tokens, WIDTH, generator=torch.Generator().manual_seed(num_tokens)).requires_grad_(
         kwargs.get("requires_grad", False)
     )
+
+
+def with_reference(model: nn.Module, config: SLA2Config, *args: Any) -> Tensor:
+    """What the model gives, eager, with its attention replaced by the reference."""
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Tensor:
+        return reference.attention(query, key, value, attn_mask=attn_mask, config=config)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "scaled_dot_product_attention", attention)
+        return model(*args)
 
 
 class KeepGraphs:

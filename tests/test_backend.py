@@ -10,15 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from small_models import SMALL, SMALL_OPTIONS, WIDTH, Attention, Blocks, tokens
+from small_models import SMALL, SMALL_OPTIONS, WIDTH, Attention, Blocks, count_calls, tokens, with_reference
 from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
 from torch.utils.checkpoint import checkpoint
 
 from sla2_compile.backend import build_backend, source_hash
 from sla2_compile.config import SLA2Config
-from sla2_compile.kernels import reference
 
 
 @pytest.fixture(autouse=True)
@@ -29,17 +27,6 @@ def _fresh_dynamo() -> None:
 def compile_aot(model: Any, config: SLA2Config = SMALL, **kwargs: Any) -> Callable[..., Any]:
     """The model under our passes and AOTAutograd, without Inductor's code generation."""
     return torch.compile(model, backend=build_backend(config, aot_eager), **kwargs)
-
-
-def with_reference(model: nn.Module, config: SLA2Config, *args: Any) -> Tensor:
-    """What the model gives, eager, with its attention replaced by the reference."""
-
-    def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Tensor:
-        return reference.attention(query, key, value, attn_mask=attn_mask, config=config)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(F, "scaled_dot_product_attention", attention)
-        return model(*args)
 
 
 def test_the_string_sla2_works_in_a_new_process_without_an_import_of_ours() -> None:
@@ -80,18 +67,23 @@ def test_unknown_options_and_modes_are_errors_that_list_the_known() -> None:
         torch.compile(Attention(), backend="sla2", options={"sparsity": 1.5})(tokens())
 
 
-def test_a_mode_reaches_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "arguments", [{"mode": "reduce-overhead"}, {"options": {**SMALL_OPTIONS, "mode": "reduce-overhead"}}]
+)
+def test_a_mode_reaches_inductor_alone_or_among_the_options(
+    arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[Any] = []
 
     def compile_fx(gm: Any, inputs: Any, config_patches: Any) -> Any:
-        seen.append(config_patches)
+        seen.append((config_patches, count_calls(gm, torch.ops.sla2.attention.default)))
         return gm
 
     monkeypatch.setattr("sla2_compile.backend.compile_fx", compile_fx)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.compile(Attention(), backend="sla2", mode="reduce-overhead")(tokens())
-    assert seen == [{"triton.cudagraphs": True}]
+        torch.compile(Attention(), backend="sla2", **arguments)(tokens())
+    assert seen == [({"triton.cudagraphs": True}, "options" in arguments)]
 
 
 def test_a_site_left_dense_is_bit_identical_to_inductor_alone() -> None:
@@ -122,6 +114,34 @@ def test_a_graph_without_attention_beside_one_with_it_says_nothing() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         compile_aot(broken)(tokens(), Attention())
+
+
+class Parts(nn.Module):
+    """Dynamo leaves the loop to Python, for its graph break, and compiles each layer by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text, self.norm, self.video = Attention(), nn.LayerNorm(WIDTH), Attention()
+
+    def forward(self, x: Tensor, text: Tensor) -> tuple[Tensor, ...]:
+        outs = []
+        for layer, y in ((self.text, text), (self.norm, x), (self.video, x)):
+            torch._dynamo.graph_break()
+            outs.append(layer(y))
+        return tuple(outs)
+
+
+def test_a_part_of_a_broken_model_is_not_taken_for_the_whole() -> None:
+    model, inputs = Parts(), (tokens(), tokens(16))
+    options = {"sparsity": 0.5, "block_q": 16, "block_k": 16, "min_seq_len": 32, "strict": True}
+    config = SLA2Config(**options, exclude=("elsewhere",))
+    with pytest.warns(UserWarning, match="sla2: ") as said:
+        _, _, out = compile_aot(model, config)(*inputs)
+    torch.testing.assert_close(out, with_reference(model, config, *inputs)[2], rtol=1e-4, atol=1e-5)
+    assert [str(each.message).partition(";")[0] for each in said] == [
+        "sla2: none of the 1 attention sites of a part of the model between graph breaks was converted "
+        "(16 keys, fewer than min_seq_len=32)"
+    ]
 
 
 def test_the_default_sparsity_is_announced_and_a_chosen_one_is_not() -> None:

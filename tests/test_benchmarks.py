@@ -189,3 +189,17 @@ def test_the_export_benchmark_runs_packages_without_this_package() -> None:
     values = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
     assert float(values["ratio"]) > 0
     assert float(values["difference_from_eager"]) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_compile_times_are_those_of_fresh_processes_in_inference_and_training(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.compile_time", "--layers", "1", "--rounds", "1", "--save"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, "--out", str(tmp_path)], cwd=ROOT, env=environment, check=True)
+    rows = json.loads((tmp_path / "compile_time.json").read_text())["rows"]
+    assert [row["what"] for row in rows] == ["inference", "training"]
+    for row in rows:
+        # With caches of another run, or with nothing converted, either would be far less.
+        assert 0 < row["passes_s"] < row["inductor_s"] > 5
+        assert row["ratio"] == pytest.approx(row["sla2_s"] / row["inductor_s"], rel=1e-3)

@@ -17,8 +17,8 @@ from sla2_compile.kernels import reference
 from sla2_compile.kernels.blocks import delivered_sparsity
 
 KEYS = {
-    "name", "verdict", "reason", "q_shape", "kv_len", "requested_sparsity", "delivered_sparsity", "flops_dense",
-    "flops_sla2", "num_calls",
+    "name", "pattern_name", "verdict", "reason", "q_shape", "kv_len", "requested_sparsity", "delivered_sparsity",
+    "flops_dense", "flops_sla2", "num_calls",
 }  # fmt: skip
 
 
@@ -93,6 +93,84 @@ def test_graphs_of_a_broken_model_are_one_report() -> None:
     assert [site["name"] for site in report.to_dict()["sites"]] == ["blocks.0", "blocks.1"]
 
 
+class BreakingBlock(nn.Module):
+    """Breaks the graph in its own forward, as blocks of HiDream and HunyuanVideo-1.5 do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.attn = nn.LayerNorm(32), Attention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        torch._dynamo.graph_break()
+        return x + self.attn(y)
+
+
+class BreakingBlocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(BreakingBlock() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_a_graph_that_serves_many_blocks_is_reported_at_each_by_its_place_in_the_model() -> None:
+    report = sla2_compile.explain(BreakingBlocks(), tokens(), config=SMALL)
+    sites = report.to_dict()["sites"]
+    assert [(site["name"], site["pattern_name"], site["num_calls"]) for site in sites] == [
+        ("blocks.0.attn", "attn", 1),
+        ("blocks.1.attn", "attn", 1),
+    ]
+    assert all(site.mask is not None for site in report.sites)
+    assert "blocks.1.attn (attn)" in str(report)
+    assert "blocks.1.attn (attn)" in report.to_html()
+    # What the report shows in brackets is what patterns match.
+    excluded = SLA2Config(sparsity=0.5, block_q=16, block_k=16, min_seq_len=0, exclude=("attn",))
+    verdicts = {
+        site["verdict"] for site in sla2_compile.explain(BreakingBlocks(), tokens(), config=excluded).to_dict()["sites"]
+    }
+    assert verdicts == {"dense"}
+
+
+class PerSample(nn.Module):
+    """A loop over the batch that looks at values, as Mochi's: Dynamo leaves all of the function to Python."""
+
+    def forward(self, q: Tensor, is_real: Tensor) -> Tensor:
+        outs = []
+        for i in range(q.shape[0]):
+            x = torch.cat([q[i : i + 1], q[i : i + 1, :, is_real[i].nonzero().flatten()]], 2)
+            outs.append(torch.nn.functional.scaled_dot_product_attention(x, x, x)[:, :, : q.shape[2]])
+        return torch.cat(outs)
+
+
+class WithPerSample(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn, self.per_sample = Attention(), PerSample()
+
+    def forward(self, x: Tensor, is_real: Tensor) -> Tensor:
+        return self.per_sample(self.attn(x)[:, None], is_real)
+
+
+def test_attention_that_dynamo_leaves_to_python_is_counted_with_dynamo_s_reason() -> None:
+    x, is_real = torch.cat([tokens(), tokens()]), torch.ones(2, 64, dtype=torch.bool)
+    # First, as Dynamo remembers for good which functions it has given up.
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        report = sla2_compile.explain(WithPerSample(), x, is_real, config=SMALL)
+    assert [site["name"] for site in report.to_dict()["sites"]] == ["attn", "per_sample", "per_sample#1"]
+    assert report.to_dict()["num_calls_outside"] == 0
+    torch._dynamo.reset()
+    report = sla2_compile.explain(WithPerSample(), x, is_real, config=SMALL)
+    assert [site["name"] for site in report.to_dict()["sites"]] == ["attn"]
+    assert report.to_dict()["num_calls_outside"] == 2
+    assert "ran 2 times outside of every compiled graph" in str(report)
+    assert "capture_dynamic_output_shape_ops" in str(report)
+    assert "capture_dynamic_output_shape_ops" in report.to_html()
+
+
 def test_it_can_be_asked_any_number_of_times() -> None:
     model = Attention()
     for sparsity in [x / 20 for x in range(20)]:
@@ -130,7 +208,7 @@ def test_a_report_prints_as_an_aligned_table() -> None:
 
 def test_a_model_without_attention_has_an_empty_report() -> None:
     report = sla2_compile.explain(nn.Linear(32, 32), tokens())
-    assert report.to_dict() == {"sites": []}
+    assert report.to_dict() == {"sites": [], "num_calls_outside": 0}
     assert str(report) == "no attention site was found"
     assert "No attention site was found" in report.to_html()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -52,17 +53,29 @@ def test_a_video_model_exports_for_any_number_of_frames(kind: str, tmp_path: Pat
         pytest.skip("AOTInductor compiles no loops before 2.13")
     case = CASES["wan"]
     shapes: dict[str, Any] = {**dict.fromkeys(case.inputs), "hidden_states": {2: Dim("frames", min=4, max=20)}}
+    # The grid, which varies with the frames, cannot be an attribute of a node.
+    config = dataclasses.replace(CONFIG, infer_layout=kind != "custom")
     report = export(
         case.model(),
         (),
         path_for(tmp_path, kind),
         kwargs=case.inputs,
-        config=CONFIG,
+        config=config,
         dynamic_shapes=shapes,
         **KINDS[kind],
     )
+    assert ("in tiles of" in report.metadata["sites"][0]["reason"]) == config.infer_layout
     assert [check.input_shapes[0][2] for check in report.checks] == [4, 7]
     assert all(check.difference < EXPORTED for check in report.checks)
+
+
+@pytest.mark.slow
+def test_a_grid_that_varies_is_refused_for_a_custom_onnx_node(tmp_path: Path) -> None:
+    path, case = path_for(tmp_path, "custom"), CASES["wan"]
+    shapes: dict[str, Any] = {**dict.fromkeys(case.inputs), "hidden_states": {2: Dim("frames", min=4, max=20)}}
+    with pytest.raises(NotImplementedError, match="a fixed grid"):
+        export(case.model(), (), path, kwargs=case.inputs, config=CONFIG, dynamic_shapes=shapes, **KINDS["custom"])
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")

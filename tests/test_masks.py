@@ -64,14 +64,71 @@ OF_THE_KEYS: dict[str, Callable[[Tensor], Tensor]] = {
 
 OTHER: dict[str, Callable[[Tensor], Tensor]] = {
     "causal": lambda real: torch.ones(48, 48, dtype=torch.bool).tril(),
-    "queries too": lambda real: real[:, None, None, :] & real[:, None, :, None],
     "causal and padding": lambda real: real[:, None, None, :] & torch.ones(48, 48, dtype=torch.bool).tril(),
     "per head": lambda real: real[:, None, None].expand(2, 4, 1, 48) & (torch.arange(4) > 1)[:, None, None],
-    "queries alone": lambda real: real[:, None, :, None],
+    "queries and per head": lambda real: real[:, None, :, None] & (torch.arange(4) > 1)[:, None, None],
+    "added for queries": lambda real: torch.zeros(2, 48).masked_fill(~real, float("-inf"))[:, None, :, None],
     "a bias": lambda real: real[:, None, None, :] * 0.5,
     "a soft mask": lambda real: torch.zeros(2, 1, 1, 48).masked_fill(~real[:, None, None], -5.0),
-    "transposed": lambda real: real[:, None, None, :].expand(2, 1, 48, 48).transpose(-1, -2),
 }
+
+
+def repeated_like_hunyuan(real: Tensor) -> Tensor:
+    """As HunyuanVideo-1.5 makes it: padding of the keys, and the same of the queries."""
+    keys = real.view(2, 1, 1, 48).repeat(1, 1, 48, 1)
+    return (keys & keys.transpose(2, 3)).bool()
+
+
+HIDING_QUERIES: dict[str, Callable[[Tensor], Tensor]] = {
+    "keys and queries": lambda real: real[:, None, None, :] & real[:, None, :, None],
+    "joined before heads": lambda real: torch.logical_and(real[:, None, :], real[:, :, None])[:, None],
+    "multiplied": lambda real: (real[:, None, :] * real[:, :, None]).unsqueeze(1),
+    "repeated": repeated_like_hunyuan,
+    "queries alone": lambda real: real[:, None, :, None],
+    "transposed": lambda real: real[:, None, None, :].expand(2, 1, 48, 48).transpose(-1, -2),
+    "keys twice": lambda real: real[:, None, None, :] & (torch.arange(48) > 3) & real[:, None, :, None],
+}
+
+
+def overwritten_view(real: Tensor) -> Tensor:
+    mask = real[:, None, None, :].repeat(1, 1, 48, 1)
+    mask[:, :, :5, 10:] = False
+    return mask
+
+
+def overwritten_fill(real: Tensor) -> Tensor:
+    mask = torch.ones(48, 48, dtype=torch.bool)
+    mask.masked_fill_(torch.ones(48, 48).triu(1).bool(), False)
+    return mask
+
+
+def overwritten_operand(real: Tensor) -> Tensor:
+    rows = torch.ones(2, 1, 48, 48, dtype=torch.bool)
+    rows.transpose(2, 3)[:, :, :, 0].logical_and_(real[:, None])
+    return rows & real[:, None, None, :]
+
+
+def overwritten_numbers(real: Tensor) -> Tensor:
+    mask = torch.zeros(2, 48).masked_fill(~real, float("-inf"))[:, None, None, :]
+    mask[..., 3] = 2.0
+    return mask
+
+
+OTHER |= {f.__name__: f for f in (overwritten_view, overwritten_fill, overwritten_operand, overwritten_numbers)}
+
+
+@pytest.mark.parametrize("name", HIDING_QUERIES)
+def test_queries_that_see_no_key_give_zero_and_the_rest_goes_to_the_op(name: str) -> None:
+    call, q = sdpa(HIDING_QUERIES[name]), Q.clone().requires_grad_()
+    site = converted(call, q, REAL)[0]
+    assert site.verdict == "sla2", site.reason
+    assert site.query_mask is not None
+    compiled = torch.compile(call, backend=build_backend(EXACT, aot_eager))
+    out, expected = compiled(q, REAL), call(q, REAL)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    grads = [torch.autograd.grad(x.square().sum(), q)[0] for x in (out, expected)]
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+    assert not out.transpose(1, 2)[~REAL].any()
 
 
 @pytest.mark.parametrize("name", OF_THE_KEYS)

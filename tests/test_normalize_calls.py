@@ -14,7 +14,7 @@ from small_models import HEADS, SMALL, WIDTH, KeepGraphs, count_calls, tokens
 from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
 from torch.fx import GraphModule
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from sla2_compile.backend import build_backend
 from sla2_compile.config import SLA2Config
@@ -180,11 +180,18 @@ def test_flex_attention_with_changes_stays_dense() -> None:
     def causal(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return i >= j
 
+    def sparse_blocks(q: Tensor) -> Tensor:
+        # As Kandinsky 6 does: the blocks are listed, and the function that masks inside them keeps all.
+        first = torch.zeros(1, 1, 2, 2, dtype=torch.int32)
+        mask = BlockMask.from_kv_blocks(torch.ones(1, 1, 2, dtype=torch.int32), first, BLOCK_SIZE=64)
+        return flex_attention(q, q, q, block_mask=mask)
+
     block_mask = create_block_mask(causal, None, None, 128, 128, device="cpu")
     assert (
         dense_reason(lambda q: flex_attention(q, q, q, score_mod=doubled), q) == "its scores are changed by a score_mod"
     )
     assert dense_reason(lambda q: flex_attention(q, q, q, block_mask=block_mask), q) == "a block mask"
+    assert dense_reason(sparse_blocks, q) == "a block mask"
     assert "log-sum-exp" in dense_reason(lambda q: flex_attention(q, q, q, return_lse=True), q)
 
 

@@ -8,7 +8,6 @@ A model has one such function, or several overloads of it where its sites differ
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -100,11 +99,12 @@ def _overload(index: int) -> str:
 
 
 def _variant(tensors: list[Tensor | None], settings: Settings) -> _Variant:
-    values = dataclasses.asdict(settings)
+    # Not asdict, which copies: symbols cannot be copied.
+    values = vars(settings)
     if any(isinstance(value, torch.SymInt) for value in pytree.tree_leaves(values)):
         raise NotImplementedError(
             'dynamic_shapes: expected a fixed number of text tokens and a fixed grid with onnx_op="custom", whose node '
-            'has them as attributes; use onnx_op="standard"'
+            'has them as attributes; use onnx_op="standard", or leave them out with infer_layout=False'
         )
     return _Variant(
         tuple((name, tuple(value) if isinstance(value, list) else value) for name, value in values.items()),

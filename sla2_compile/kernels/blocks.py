@@ -41,9 +41,9 @@ def exact_blocks(num_tokens: int, block_size: int, exact_prefix: int, exact_suff
     """The blocks of a sequence touched by its first `exact_prefix` and last `exact_suffix` tokens."""
     total = num_blocks(num_tokens, block_size)
     first = torch.sym_min(total, num_blocks(exact_prefix, block_size))
-    if exact_suffix == 0:
-        return ExactBlocks(first, total, total)
-    last_start = torch.sym_max(0, num_tokens - exact_suffix) // block_size
+    # Without a suffix the last block is not exact even where it is short. No branch: the suffix may be unbacked.
+    round_up = (1 - torch.sym_min(1, exact_suffix)) * (block_size - 1)
+    last_start = (torch.sym_max(0, num_tokens - exact_suffix) + round_up) // block_size
     return ExactBlocks(first, torch.sym_max(first, last_start), total)
 
 

@@ -29,7 +29,7 @@ from sla2_compile.learned_state import (
     calibration_context,
     marked_tensors,
 )
-from sla2_compile.passes.edit_graph import nested_graph
+from sla2_compile.passes.carry_into import carry_into
 from sla2_compile.passes.find_attention import walk
 from sla2_compile.passes.sites import Binding, Site
 
@@ -135,7 +135,7 @@ def _bind(
         problems += unfit
     tensors = marked_tensors(settings, list(marked.marker.args[1]), call, entry)  # type: ignore[arg-type]
     if site.owner is not marked.owner:
-        carried = [_carry_into(x, marked.owner, site.owner, gm) for x in tensors]
+        carried = [carry_into(x, marked.owner, site.owner, gm) for x in tensors]
         if None in carried:
             return [f"{site.name}: its attention is in a graph nested inside its owner's, where state cannot follow"]
         tensors = carried
@@ -146,29 +146,6 @@ def _bind(
     site.node.args = (*site.node.args[:4], proj_q, proj_k, logit, gain if config.mixing == "row" else None)
     site.node.kwargs = {**site.node.kwargs, **config_arguments(config)}
     return problems
-
-
-def _carry_into(value: Node, source: GraphModule, target: GraphModule, gm: GraphModule) -> Node | None:
-    """Hand a node of `source` to `target`, a graph nested in it (a checkpointed part of an owner), as one more input.
-
-    Returns:
-        Its placeholder there; None where the graph is not called once, with an argument for every placeholder.
-    """
-    for parent, node in list(walk(gm)):
-        if nested_graph(parent, node) is not target:
-            continue
-        (call, *others), placeholders = list(node.users), target.graph.find_nodes(op="placeholder")
-        if others or call.args[0] is not node or len(call.args) != 1 + len(placeholders):
-            return None
-        outer = value if parent is source else _carry_into(value, source, parent, gm)
-        if outer is None:
-            return None
-        with target.graph.inserting_after(placeholders[-1]):
-            inner = target.graph.placeholder(f"sla2_state_{len(placeholders)}")
-        inner.meta = {name: outer.meta[name] for name in ("example_value", "val") if name in outer.meta}
-        call.args = (*call.args, outer)
-        return inner
-    return None
 
 
 def _with_formats(site: Site, low_bit: LowBit | None) -> tuple[SLA2Config, list[str]]:

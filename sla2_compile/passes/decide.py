@@ -7,6 +7,7 @@ leaves the site dense.
 from __future__ import annotations
 
 import dataclasses
+import math
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -78,8 +79,8 @@ def _tensor_obstacle(site: Site) -> str | None:
         return f"q, k, v have {q.dim()}, {k.dim()}, {v.dim()} dimensions, expected 4 (batch, heads, tokens, head dim)"
     if q.dtype not in DTYPES:
         return f"dtype {q.dtype} is not a floating one that the op takes"
-    if any(free_unbacked_symbols(size) for x in (q, k) for size in x.shape):
-        return "its shape is known only at run time (an unbacked symbol)"
+    if any(free_unbacked_symbols(x.shape[dim]) for x in (q, k, v) for dim in (0, 1, 3)):
+        return "its batch, heads or head dim are known only at run time (an unbacked symbol)"
     # A head dim belongs to the model, not to the input: fixing a symbolic one is right, unlike a length.
     dim = int(q.shape[3])
     if not MIN_HEAD_DIM <= dim <= MAX_HEAD_DIM:
@@ -124,9 +125,9 @@ def _too_short(site: Site, config: SLA2Config) -> str | None:
     q_len, kv_len = site.q_shape[2], site.kv_len
     if not guard_or_false(kv_len >= config.min_seq_len):
         kind = "cross-attention to " if size_hint(q_len) > size_hint(kv_len) else ""
-        return f"{kind}{size_hint(kv_len)} keys, fewer than min_seq_len={config.min_seq_len}"
+        return f"{kind}{_count(size_hint(kv_len), 'key', 'keys')}, fewer than min_seq_len={config.min_seq_len}"
     if not guard_or_false(q_len >= config.min_seq_len):
-        return f"{size_hint(q_len)} queries, fewer than min_seq_len={config.min_seq_len}"
+        return f"{_count(size_hint(q_len), 'query', 'queries')}, fewer than min_seq_len={config.min_seq_len}"
     return None
 
 
@@ -143,21 +144,30 @@ def _fit_layout(site: Site, config: SLA2Config) -> tuple[SLA2Config, str]:
     What the user gives goes before what the graph shows.
     """
     reason = "eligible"
-    if not config.exact_prefix and not config.exact_suffix:
-        prefix, suffix = num_tokens(site.layout.prefix), num_tokens(site.layout.suffix)
+    exact_tokens: Any = config.exact_prefix + config.exact_suffix
+    if not exact_tokens:
+        layout = site.layout
+        prefix, suffix = num_tokens(layout.prefix), num_tokens(layout.suffix)
         config = dataclasses.replace(config, exact_prefix=prefix, exact_suffix=suffix)
         exact = [_ends(where, count) for where, count in (("first", prefix), ("last", suffix)) if count]
         reason += f", keeping {' and '.join(exact)} exact" if exact else ""
-    exact_tokens = config.exact_prefix + config.exact_suffix
-    grid = config.token_grid or site.layout.grid
-    if grid is None:
-        return config, f"{reason}, in raster order (token grid unknown)"
-    t, h, w = grid
-    length = t * h * w + exact_tokens
+        # As symbols, so that no guard fixes them.
+        exact_tokens = sum(part.size for part in (*layout.prefix, *layout.suffix))
+    sizes = config.token_grid or (site.layout.grid and tuple(axis.size for axis in site.layout.grid))
+    if sizes is None:
+        has_one_order = guard_or_false(site.q_shape[2] == site.kv_len)
+        note = "token grid unknown" if has_one_order else "queries and keys are not the same tokens"
+        return config, f"{reason}, in raster order ({note})"
+    t, h, w = map(size_hint, sizes)
+    length = math.prod(sizes) + exact_tokens
     if guard_or_false(site.q_shape[2] == length) and guard_or_false(site.kv_len == length):
-        return dataclasses.replace(config, token_grid=grid), f"{reason}, in tiles of the {t} x {h} x {w} grid"
-    note = f"token grid {t} x {h} x {w} is not that of {size_hint(site.kv_len) - exact_tokens} tokens"
+        return dataclasses.replace(config, token_grid=(t, h, w)), f"{reason}, in tiles of the {t} x {h} x {w} grid"
+    note = f"token grid {t} x {h} x {w} is not that of {size_hint(site.kv_len) - size_hint(exact_tokens)} tokens"
     return dataclasses.replace(config, token_grid=None), f"{reason}, in raster order ({note})"
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
 
 
 def _ends(where: str, count: int) -> str:

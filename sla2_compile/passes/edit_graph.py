@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch.fx import Graph, GraphModule, Node
+
+from sla2_compile.passes.in_place import changes_in_place
 
 # Marks a meta entry that does not exist yet.
 _MISSING = object()
@@ -58,6 +59,21 @@ class Builder:
         return new
 
 
+def erase_unused_after(last: Node, before: Node, *, keep: Iterable[Node | None] = ()) -> None:
+    """Erase the nodes between two that nothing reads, what a pass added and then had no use for.
+
+    Args:
+        last: the node before the first that was added.
+        before: the node that they were added before.
+        keep: nodes that stay although they have no users.
+    """
+    kept, node = set(keep), before.prev
+    while node is not last:
+        node, candidate = node.prev, node
+        if not candidate.users and candidate not in kept:
+            candidate.graph.erase_node(candidate)
+
+
 def _value_of(x: Any) -> Any:
     return example_value(x) if isinstance(x, Node) else x
 
@@ -70,26 +86,6 @@ def nested_graph(owner: GraphModule, node: Node) -> GraphModule | None:
     for part in str(node.target).split("."):
         nested = getattr(nested, part, None)
     return nested if isinstance(nested, GraphModule) else None
-
-
-def changes_in_place(node: Node) -> bool:
-    """Whether a call may write to one of its arguments."""
-    if node.op == "call_method":
-        name = str(node.target)
-        return (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__iadd__", "__imul__")
-    if node.op != "call_function":
-        return False
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.is_mutable
-    name = getattr(node.target, "__name__", "")
-    in_place_operator = getattr(operator, name, None) is node.target and name in _IN_PLACE_OPERATORS
-    named_in_place = name.endswith("_") and not name.endswith("__")
-    return in_place_operator or named_in_place or "out" in node.kwargs or bool(node.kwargs.get("inplace"))
-
-
-_IN_PLACE_OPERATORS = {
-    "iadd", "isub", "imul", "itruediv", "ifloordiv", "imatmul", "ipow", "iand", "ior", "ixor", "setitem", "delitem",
-}  # fmt: skip
 
 
 def erase_dead(nodes: Iterable[Node], *, also: Iterable[Node] = ()) -> None:

@@ -12,9 +12,10 @@ from torch.fx import GraphModule, Node
 
 from sla2_compile.passes.contractions import as_contraction
 from sla2_compile.passes.edit_graph import example_value
-from sla2_compile.passes.follow_scores import op_name
 from sla2_compile.passes.proposals import Proposal
+from sla2_compile.passes.read_node import op_name
 from sla2_compile.passes.shapes import same_shape
+from sla2_compile.passes.whole_model import is_whole_model
 
 # Longer ways between a product and its softmax than any attention has.
 _MAX_STEPS = 12
@@ -35,15 +36,6 @@ def find_broken_attention(gm: GraphModule, proposals: list[Proposal]) -> list[Pr
         for node in gm.graph.nodes
         if op_name(node) == "softmax" and node not in known and _is_cut(node)
     ]
-
-
-def is_whole_model(gm: GraphModule) -> bool:
-    """Whether a graph is all of what was compiled, not a part between graph breaks."""
-    reason = getattr(gm, "compile_subgraph_reason", None)
-    if reason is None:
-        return True
-    resumed = bool(reason.user_stack) and reason.user_stack[-1].name.startswith("torch_dynamo_resume")
-    return not reason.graph_break and not resumed
 
 
 def _is_cut(softmax: Node) -> bool:

@@ -11,19 +11,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from sla2_compile.passes.contractions import Contraction, Labels, as_contraction
-from sla2_compile.passes.edit_graph import changes_in_place, example_value
+from sla2_compile.passes.contractions import Contraction, as_contraction
+from sla2_compile.passes.edit_graph import example_value
+from sla2_compile.passes.in_place import changes_in_place
+from sla2_compile.passes.read_node import PERMUTATIONS, argument, hides, op_name, permutation
+from sla2_compile.passes.scores import LEFT, MERGED, RIGHT, Mask, ScoreChain
 from sla2_compile.passes.shapes import same_product, same_shape
-
-# The label of the token axis of the left and of the right operand of the first product, and of merged batch and heads.
-LEFT, RIGHT, MERGED = "<left>", "<right>", "<merged>"
 
 # Longer chains than any attention has.
 _MAX_STEPS = 40
@@ -36,67 +35,8 @@ _FILL = {"masked_fill", "masked_fill_"}
 _CASTS = {"float", "half", "bfloat16", "double", "to", "type", "type_as"}
 _COPIES = {"contiguous", "clone"}
 _RESHAPES = {"view", "reshape", "unflatten", "flatten"}
-PERMUTATIONS = {"transpose", "permute", "swapaxes", "swapdims"}
 _MAXIMA = {"amax", "max"}
 _SIZES = {"size", "dim", "stride", "numel", "is_contiguous"}
-
-
-@dataclass(frozen=True)
-class Mask:
-    """A mask met on the way.
-
-    Args:
-        node: the mask.
-        form: bool, True where a key is hidden ("hidden") or kept ("kept"), or a float that is added ("added").
-        axes: the labels of the scores it was applied to.
-    """
-
-    node: Node
-    form: Literal["hidden", "kept", "added"]
-    axes: Labels
-
-
-@dataclass(frozen=True)
-class ScoreChain:
-    """The state of following: after the last product, all that is known of one attention.
-
-    Args:
-        first: the product of q and k.
-        node: where following stands; at the end, the product with v.
-        axes: one label per dimension of `node`: batch labels of `first`, LEFT, RIGHT, MERGED.
-        batch: the batch labels of `first` in the order of its output.
-        tokens: the labels in `first` of the axes LEFT and RIGHT.
-        num_heads: where a merged batch was split on the way, into how many heads; None otherwise.
-        scale: of the scores.
-        factors: scalars known only at run time that the scores are multiplied by, or (True) divided by.
-        masks: in the order of application.
-        keys: which token axis the softmax runs over; None before the softmax.
-        dropout_p: of the probabilities.
-        nodes: everything from `first` to the node before the last.
-        obstacle: why it cannot be written as scaled dot product attention.
-        last: the product with v; None on the way.
-    """
-
-    first: Contraction
-    node: Node
-    axes: Labels
-    batch: Labels
-    tokens: dict[str, str]
-    num_heads: int | None = None
-    scale: float = 1.0
-    factors: tuple[tuple[Node, bool], ...] = ()
-    masks: tuple[Mask, ...] = ()
-    keys: str | None = None
-    dropout_p: float = 0.0
-    nodes: tuple[Node, ...] = ()
-    obstacle: str | None = None
-    last: Contraction | None = None
-
-    def step(self, node: Node, **changes: Any) -> ScoreChain:
-        return dataclasses.replace(self, node=node, nodes=(*self.nodes, self.node), **changes)
-
-    def blocked(self, reason: str) -> ScoreChain:
-        return self if self.obstacle else dataclasses.replace(self, obstacle=reason)
 
 
 def follow_scores(first: Contraction, live: set[Node]) -> ScoreChain | None:
@@ -212,25 +152,6 @@ def _what(chain: ScoreChain) -> str:
     return "scores" if chain.keys is None else "probabilities"
 
 
-_COMPARISONS = {f"__{name}__": name for name in ("eq", "ne", "lt", "le", "gt", "ge")}
-
-
-def op_name(node: Node) -> str:
-    """What a node of PyTorch's own operations is called; empty for other functions."""
-    if node.op == "call_method":
-        # torch 2.11 has `x == y` as a call of the method __eq__, later versions as one of the operator eq.
-        return _COMPARISONS.get(str(node.target), str(node.target))
-    module = getattr(node.target, "__module__", None) or "torch"
-    if node.op != "call_function" or not module.startswith(("torch", "_operator")):
-        return ""
-    return str(getattr(node.target, "__name__", ""))
-
-
-def argument(node: Node, position: int, name: str, default: Any) -> Any:
-    """An argument of a call, by position or name."""
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
-
-
 def _softmax(further: ScoreChain, chain: ScoreChain, user: Node) -> ScoreChain | None:
     dim = argument(user, 1, "dim", None)
     if chain.keys is not None or not isinstance(dim, int):
@@ -287,24 +208,6 @@ def _mask(further: ScoreChain, chain: ScoreChain, name: str, user: Node) -> Scor
     return dataclasses.replace(further, masks=(*further.masks, Mask(mask, form, chain.axes)))
 
 
-def hides(fill: Any, dtype: torch.dtype) -> bool:
-    """Whether a score of this value has no weight: minus infinity, or the lowest number that stands for it."""
-    value = constant(fill)
-    return value is not None and dtype.is_floating_point and value <= torch.finfo(dtype).min / 2
-
-
-def constant(x: Any) -> float | None:
-    """The number that an argument is: a number, or a tensor filled with one."""
-    if isinstance(x, (int, float)):
-        return float(x)
-    if isinstance(x, Node) and op_name(x) in ("full", "full_like", "tensor", "new_full"):
-        fill = argument(x, 0 if op_name(x) == "tensor" else 1, "fill_value", None)
-        return float(fill) if isinstance(fill, (int, float)) else None
-    if isinstance(x, Node) and op_name(x) in ("zeros", "zeros_like", "new_zeros"):
-        return 0.0
-    return None
-
-
 def _dropout(further: ScoreChain, user: Node) -> ScoreChain | None:
     p, training = argument(user, 1, "p", 0.5), argument(user, 2, "training", True)
     if isinstance(p, Node) or isinstance(training, Node):
@@ -343,24 +246,6 @@ def _reshape(further: ScoreChain, chain: ScoreChain, value: Tensor) -> ScoreChai
 def _swap(further: ScoreChain, chain: ScoreChain, user: Node) -> ScoreChain | None:
     order = permutation(user, len(chain.axes))
     return None if order is None else dataclasses.replace(further, axes=tuple(chain.axes[i] for i in order))
-
-
-def permutation(node: Node, rank: int) -> list[int] | None:
-    """The order in which a permute or transpose takes the dimensions of its input; None where it is not plain."""
-    name, args = op_name(node), list[Any]([*node.args[1:], *node.kwargs.values()])
-    if name == "permute":
-        args = list(args[0]) if args and isinstance(args[0], (tuple, list)) else args
-        return [dim % rank for dim in args] if _are_dims(args, rank) else None
-    order = list(range(rank))
-    if _are_dims(args, 2):
-        first, second = args
-        order[first], order[second] = order[second], order[first]
-        return order
-    return None
-
-
-def _are_dims(args: list[Any], number: int) -> bool:
-    return len(args) == number and all(isinstance(arg, int) for arg in args)
 
 
 def _skip_shift(chain: ScoreChain, users: list[Node]) -> ScoreChain | None:

@@ -1,7 +1,10 @@
-"""Give the sites whose mask only broadcasts a key-padding mask that mask, (B, 1, 1, N) bool, as their argument.
+"""Give the sites whose mask only hides keys, or whole queries, the mask of the keys as their argument.
 
 %m = expand(%kept[:, None, None, :], -1, 8, 4096, -1);  scaled_dot_product_attention(%q, %k, %v, attn_mask=%m)
 ->  site.arguments["attn_mask"] = %m[:, :1, :1]         the call itself stays as it is
+
+%m = %kept[:, None, None, :] & %kept[:, None, :, None]
+->  site.arguments["attn_mask"] = %kept[:, None, None, :];  site.query_mask = %kept[:, None, :, None]
 """
 
 from __future__ import annotations
@@ -9,8 +12,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.fx import Node
 
-from sla2_compile.passes.edit_graph import Builder, example_value
-from sla2_compile.passes.masks import narrow_mask
+from sla2_compile.passes.edit_graph import Builder, erase_unused_after, example_value
+from sla2_compile.passes.masks import SplitMask, split_mask
 from sla2_compile.passes.sites import Site
 
 
@@ -22,12 +25,14 @@ def narrow_masks(sites: list[Site]) -> int:
         if not isinstance(mask, Node) or not isinstance(example_value(mask), Tensor):
             continue
         last = site.node.prev
-        narrow = narrow_mask(mask, Builder(site.node))
-        if narrow is not None and narrow is not mask:
-            site.arguments["attn_mask"] = narrow
-            num_narrowed += 1
-        elif narrow is None:
-            # What was added before it turned out that the mask is another.
-            while site.node.prev is not last:
-                site.node.graph.erase_node(site.node.prev)
+        split = split_mask(mask, Builder(site.node))
+        if split is not None and _is_allowed(site, split):
+            num_narrowed += split.keys is not mask
+            site.arguments["attn_mask"], site.query_mask = split.keys, split.queries
+        erase_unused_after(last, site.node, keep=(site.arguments["attn_mask"], site.query_mask))
     return num_narrowed
+
+
+def _is_allowed(site: Site, split: SplitMask) -> bool:
+    """A softmax that the model spells out gives a query that sees nothing NaN or a mean, not 0."""
+    return split.queries is None or site.proposal is None

@@ -11,9 +11,12 @@ from torch._higher_order_ops.flex_attention import flex_attention
 from torch.fx import GraphModule, Node
 
 from sla2_compile.passes.edit_graph import Builder, example_value, live_nodes
-from sla2_compile.passes.follow_scores import constant, op_name
 from sla2_compile.passes.proposals import Proposal
+from sla2_compile.passes.read_node import constant, op_name
 from sla2_compile.passes.shapes import same_size
+
+# FlexAttention's block size where there is no block mask.
+_ANY_LENGTH = 1 << 30
 
 
 def normalize_flex(gm: GraphModule) -> list[Proposal]:
@@ -36,7 +39,7 @@ def _propose(gm: GraphModule, node: Node, out: Node, others: list[Node]) -> Prop
     live = live_nodes(gm.graph)
     if not _gives_its_score(gm, score_mod):
         proposal.obstacle = "its scores are changed by a score_mod"
-    elif not _keeps_all(gm, block_mask[-1]):
+    elif not _is_absent(block_mask) or not _keeps_all(gm, block_mask[-1]):
         proposal.obstacle = "a block mask"
     elif any(other in live for other in others):
         proposal.obstacle = "its log-sum-exp is used elsewhere"
@@ -63,6 +66,13 @@ def _subgraph(gm: GraphModule, node: object) -> tuple[list[Node], Node] | None:
 def _gives_its_score(gm: GraphModule, score_mod: object) -> bool:
     graph = _subgraph(gm, score_mod)
     return graph is not None and graph[1] is graph[0][0]
+
+
+def _is_absent(block_mask: tuple[object, ...]) -> bool:
+    """Whether it is what FlexAttention puts where no block mask is given: one block of everything, which is kept."""
+    _, _, num_kept, *_, block_q, block_k, _ = block_mask
+    sizes = [size for size in (block_q, block_k) if isinstance(size, int)]
+    return isinstance(num_kept, Node) and op_name(num_kept) == "ones" and len(sizes) == 2 and min(sizes) >= _ANY_LENGTH
 
 
 def _keeps_all(gm: GraphModule, mask_mod: object) -> bool:

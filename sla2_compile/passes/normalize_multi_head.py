@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
-from sla2_compile.passes.edit_graph import Builder, example_value, live_nodes
+from sla2_compile.passes.edit_graph import Builder, erase_unused_after, example_value, live_nodes
 from sla2_compile.passes.masks import as_kept
 from sla2_compile.passes.proposals import Proposal
+from sla2_compile.passes.read_node import PERMUTATIONS, op_name, permutation
 
 _SIGNATURE = inspect.signature(F.multi_head_attention_forward)
 _ENCODER_ARGUMENTS = (
@@ -86,8 +87,11 @@ def _propose_multi_head(gm: GraphModule, node: Node, out: Node, weights: Node | 
         return proposal
     if weights is not None and weights in live_nodes(gm.graph):
         proposal.obstacle = "its probabilities are used elsewhere"
-    build = Builder(out)
-    heads = _Heads(build, arguments["num_heads"], tokens_first=True)
+    build, before = Builder(out), out.prev
+    batch_first = all(map(_swaps_batch, (query, key, value, *out.users)))
+    if batch_first:
+        query, key, value = (x.args[0] for x in (query, key, value))
+    heads = _Heads(build, arguments["num_heads"], tokens_first=not batch_first)
     q, k, v = _project(build, query, key, value, arguments)
     masks = [(arguments["key_padding_mask"], True), (arguments["attn_mask"], False)]
     only_causal = (
@@ -98,8 +102,15 @@ def _propose_multi_head(gm: GraphModule, node: Node, out: Node, weights: Node | 
     proposal.obstacle = proposal.obstacle or reason
     proposal.attention = heads.attend(q, k, v, mask, dropout_p, only_causal)
     merged = heads.merge(proposal.attention)
-    proposal.result = build.function(F.linear, merged, arguments["out_proj_weight"], arguments["out_proj_bias"])
+    result = build.function(F.linear, merged, arguments["out_proj_weight"], arguments["out_proj_bias"])
+    proposal.result = build.method("transpose", result, 0, 1) if batch_first else result
+    erase_unused_after(before, out, keep=(proposal.result,))
     return proposal
+
+
+def _swaps_batch(x: Node) -> bool:
+    """Whether a node is the transpose between (B, N, E) and (N, B, E) of a module that takes the batch first."""
+    return op_name(x) in PERMUTATIONS and permutation(x, 3) == [1, 0, 2]
 
 
 def _project(build: Builder, query: Node, key: Node, value: Node, arguments: dict[str, Any]) -> list[Node]:
@@ -150,7 +161,7 @@ def _propose_encoder_layer(gm: GraphModule, node: Node) -> Proposal:
     if example_value(src).is_nested or example_value(src).dim() != 3:
         proposal.obstacle = "its input is nested or has no batch dimension"
         return proposal
-    build = Builder(node)
+    build, before = Builder(node), node.prev
     mask, proposal.obstacle = None, None
     if arguments.get("mask") is not None:
         mask, proposal.obstacle = _merge_masks(build, [(arguments["mask"], arguments["mask_type"] == 1)], num_heads)
@@ -176,4 +187,5 @@ def _propose_encoder_layer(gm: GraphModule, node: Node) -> Proposal:
     else:
         x = norm(x, 1)
         proposal.result = norm(build.function(torch.add, x, feed_forward(x)), 2)
+    erase_unused_after(before, node, keep=(proposal.result,))
     return proposal

@@ -17,16 +17,18 @@ import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
 from sla2_compile.passes.contractions import Labels, as_contraction
-from sla2_compile.passes.edit_graph import Builder, changes_in_place, example_value, live_nodes
-from sla2_compile.passes.follow_scores import LEFT, RIGHT, ScoreChain, follow_scores, op_name
+from sla2_compile.passes.edit_graph import Builder, erase_unused_after, example_value, live_nodes
+from sla2_compile.passes.follow_scores import follow_scores
+from sla2_compile.passes.in_place import changes_in_place
 from sla2_compile.passes.masks import as_kept
 from sla2_compile.passes.proposals import Proposal
+from sla2_compile.passes.read_node import PERMUTATIONS, op_name, permutation
+from sla2_compile.passes.scores import LEFT, RIGHT, ScoreChain
 from sla2_compile.passes.shapes import same_product, same_shape, same_size
 
 _VIEWS = {"transpose", "permute", "swapaxes", "swapdims", "view", "reshape", "unflatten", "flatten"}
 _MERGES = {"view", "reshape", "flatten"}
 _MUL, _DIV = {"mul", "multiply", "__mul__", "__rmul__"}, {"truediv", "div", "divide", "__truediv__"}
-_LAST_TWO = ((-1, -2), (-2, -1))
 _CASTS = {"float", "to", "double", "type", "type_as"}
 
 
@@ -59,7 +61,7 @@ def _propose(gm: GraphModule, chain: ScoreChain) -> Proposal:
         proposal.obstacle = f"its scores have {dims} dimensions, expected (batch, heads, queries, keys)"
         return proposal
 
-    build = Builder(original)
+    build, before = Builder(original), original.prev
     p_is_left = last.left is chain.nodes[-1]
     v, v_labels, p_labels = (
         (last.right, last.right_labels, last.left_labels)
@@ -85,6 +87,7 @@ def _propose(gm: GraphModule, chain: ScoreChain) -> Proposal:
     proposal.attention = _attention(build, original, q, k, v, mask, chain, chain.scale * q_scale * k_scale)
     out_axes = tuple(names.get(label, label) for label in last.out_labels)
     proposal.result = layout.restore(proposal.attention, end_batch, queries, features, out_axes, original)
+    erase_unused_after(before, original, keep=(proposal.result,))
     return proposal
 
 
@@ -185,7 +188,7 @@ class _Layout:
         rank = len(order)
         if order == [*range(rank - 2), rank - 1, rank - 2]:
             # The transpose of a transpose, as q @ k.mT has it, is what was there before.
-            if x.op == "call_method" and x.target == "transpose" and x.args[1:] in _LAST_TWO:
+            if op_name(x) in PERMUTATIONS and permutation(x, rank) == order:
                 return x.all_input_nodes[0]
             return self.build.method("transpose", x, -2, -1)
         return self.build.method("permute", x, *order)

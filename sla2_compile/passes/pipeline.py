@@ -20,7 +20,7 @@ from sla2_compile.passes.normalize_multi_head import normalize_multi_head
 from sla2_compile.passes.normalize_packages import normalize_packages
 from sla2_compile.passes.normalize_softmax import normalize_softmax
 from sla2_compile.passes.proposals import settle_proposals
-from sla2_compile.passes.read_layout import read_layouts, set_exact_tokens
+from sla2_compile.passes.read_layout import read_layouts, set_symbolic_sizes
 from sla2_compile.passes.rewrite_attention import rewrite_attention
 from sla2_compile.passes.sites import Site
 
@@ -63,7 +63,7 @@ def convert(gm: GraphModule, config: SLA2Config, *, sparsity_is_default: bool = 
         log.debug("%s: %d rewrites; %s", site_pass.__name__, num_rewrites, _describe_change(before, _targets(gm)))
     if bind_state(gm, sites, config, sparsity_is_default=sparsity_is_default):
         _clean_up(gm)
-    if set_exact_tokens(sites):
+    if set_symbolic_sizes(gm, sites):
         _clean_up(gm)
     for site in sites:
         log.info("%s: %s (%s)", site.name, site.verdict, site.reason)

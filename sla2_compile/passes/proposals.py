@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 from torch.fx import GraphModule, Node
 
-from sla2_compile.passes.edit_graph import erase_dead, example_value
+from sla2_compile.passes.edit_graph import Builder, erase_dead, example_value
+from sla2_compile.passes.read_node import PERMUTATIONS, op_name, permutation
 from sla2_compile.passes.shapes import same_shape
 
 if TYPE_CHECKING:
@@ -56,10 +57,9 @@ def settle_proposals(sites: list[Site]) -> int:
             site.node = site.proposal.original
             if site.proposal.result is not None:
                 erase_dead([site.proposal.result])
-        # A mask that was narrowed for the decision has no user now.
-        mask = site.arguments.get("attn_mask")
-        if isinstance(mask, Node):
-            erase_dead([mask])
+        # Masks that were narrowed for the decision have no user now.
+        masks = (site.arguments.get("attn_mask"), site.query_mask)
+        erase_dead([mask for mask in masks if isinstance(mask, Node)])
     return num_taken
 
 
@@ -74,12 +74,36 @@ def _take(proposal: Proposal) -> None:
 
 
 def _skip_merge_of_heads(merged: Node) -> None:
-    """Where (B*H, N, D) is split into (B, H, N, D) again at once, read what was merged instead: a merge is a copy."""
+    """Where (B*H, N, D) comes apart again, read what was merged instead: a merge is a copy.
+
+    %m = flatten(%a, 0, 1);  view(%m, B, H, N, D)                            ->  %a
+    %m = flatten(%a, 0, 1);  view(contiguous(transpose(%m, 0, 1)), N, B, C)  ->  view(contiguous(permute(%a, ...)), ...)
+    """
     split = merged.args[0]
     assert isinstance(split, Node)
     for user in list(merged.users):
-        is_split = user.op == "call_method" and user.target in ("view", "reshape", "unflatten")
-        if is_split and same_shape(example_value(user).shape, example_value(split).shape):
+        splits = user.op == "call_method" and user.target in ("view", "reshape", "unflatten")
+        if splits and same_shape(example_value(user).shape, example_value(split).shape):
             user.replace_all_uses_with(split)
             erase_dead([user])
+        elif op_name(user) in PERMUTATIONS and permutation(user, 3) == [1, 0, 2] and _comes_apart(user):
+            _move_views(user, Builder(user).method("permute", split, 2, 0, 1, 3))
     erase_dead([merged])
+
+
+def _comes_apart(x: Node) -> bool:
+    """Whether all that is ever done to `x` is to copy it and to give it another shape."""
+    return all(
+        op_name(user) in ("view", "reshape") or (op_name(user) == "contiguous" and _comes_apart(user))
+        for user in x.users
+    )
+
+
+def _move_views(old: Node, new: Node) -> None:
+    """Let the copies and views of `old` be those of `new`, which holds the same numbers in the same order."""
+    for user in list(old.users):
+        if op_name(user) == "contiguous":
+            _move_views(user, Builder(user).method("contiguous", new))
+        else:
+            user.replace_input_with(old, new)
+    erase_dead([old])

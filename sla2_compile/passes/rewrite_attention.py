@@ -2,6 +2,8 @@
 
 %out = call_function[scaled_dot_product_attention](%q, %k, %v)
 ->  %out = call_function[sla2.attention](%q, %k, %v, None, ..., scale=None, sparsity_units=970000, ...)
+
+and, where a mask hides queries too, 0 for those: masked_fill(%out, logical_not(%query_mask), 0.0).
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from torch.fx import Node
 
 from sla2_compile.functional import config_arguments
 from sla2_compile.kernels.settings import empty_output
-from sla2_compile.passes.edit_graph import erase_dead, example_value
+from sla2_compile.passes.edit_graph import Builder, erase_dead, example_value
 from sla2_compile.passes.find_attention import call_arguments
 from sla2_compile.passes.sites import Site
 
@@ -45,9 +47,15 @@ def _rewrite(site: Site) -> None:
     new.meta[key] = empty_output(value)
     if value.stride() != new.meta[key].stride():
         _allow_other_strides(old)
-    old.replace_all_uses_with(new)
+    result = new if site.query_mask is None else _hide_queries(Builder(old), new, site.query_mask)
+    old.replace_all_uses_with(result)
     erase_dead([old])
     site.node = new
+
+
+def _hide_queries(build: Builder, out: Node, query_mask: Node) -> Node:
+    """0 for the queries that see no key, as scaled dot product attention has it."""
+    return build.method("masked_fill", out, build.function(torch.logical_not, query_mask), 0.0)
 
 
 def _allow_other_strides(node: Node) -> None:

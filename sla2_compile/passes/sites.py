@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -10,8 +11,8 @@ from torch.fx import GraphModule, Node
 
 from sla2_compile.config import SLA2Config
 from sla2_compile.kernels.blocks import delivered_sparsity, exact_query_blocks, max_kept_blocks, num_blocks
+from sla2_compile.passes.axes import Axis
 from sla2_compile.passes.proposals import Proposal
-from sla2_compile.passes.trace_axes import Axis
 
 Verdict = Literal["sla2", "dense"]
 
@@ -40,12 +41,12 @@ class TokenLayout:
     Args:
         prefix: the parts that were joined before the video or picture: text.
         suffix: the parts that were joined after it.
-        grid: (frames, height, width) of the video or picture; None where the graph does not show it.
+        grid: frames, height and width of the video or picture; None where the graph does not show them.
     """
 
     prefix: tuple[Axis, ...] = ()
     suffix: tuple[Axis, ...] = ()
-    grid: tuple[int, int, int] | None = None
+    grid: tuple[Axis, Axis, Axis] | None = None
 
 
 @dataclass
@@ -62,6 +63,7 @@ class Site:
         q_shape: (B, H, N, D) of the queries, plain or symbolic integers; of another rank where it is no batch of heads.
         kv_len: number of keys.
         layout: what the graph shows of its tokens.
+        query_mask: (B, 1, N, 1) bool, True where a query sees its keys, the others give 0; None where all do.
         proposal: how the model spells it, and the SDPA node that would stand for it; None where it calls SDPA itself.
         verdict: "sla2" or "dense"; "dense" until `decide` has seen it.
         reason: why, in plain words.
@@ -77,6 +79,7 @@ class Site:
     q_shape: tuple[Any, ...]
     kv_len: Any
     proposal: Proposal | None = None
+    query_mask: Node | None = None
     layout: TokenLayout = TokenLayout()
     verdict: Verdict = "dense"
     reason: str = "not looked at"
@@ -141,8 +144,10 @@ class Site:
 
 
 def size_hint(size: Any) -> int:
-    """A plain integer for a size that may be symbolic: the one it was traced with."""
+    """A plain integer for a size that may be symbolic: the one it was traced with, or the largest it can be."""
     if isinstance(size, int):
         return size
-    hint = size.node.hint
-    return int(hint) if hint is not None else 0
+    if size.node.hint is not None:
+        return int(size.node.hint)
+    bounds = size.node.shape_env.bound_sympy(size.node.expr)
+    return int(bounds.upper) if bounds.upper.is_finite and bounds.upper < sys.maxsize else int(bounds.lower)
