@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all coverage lint format bench bench-model bench-cpu paper-table clean
+.PHONY: help demo test test-export test-all coverage lint format bench bench-model bench-cpu paper-table clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -36,6 +36,9 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist l
 
 test: lint ## install, lint, type-check, run the tests
 	$(PYTEST) -m "not slow"
+
+test-export: $(VENV)/dev.stamp ## third-party models exported in every format but the slowest packages (about three minutes)
+	$(BIN)/python -m pytest tests/test_export_models.py -m slow -k "agrees_with_eager and (not aoti or wan)"
 
 test-all: lint ## the same with the slow tests
 	$(PYTEST)

@@ -66,21 +66,30 @@ def build_backend(
     def backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         original = copy_graph(gm)
         sites = convert(gm, config, sparsity_is_default=sparsity_is_default)
-        if sites and is_whole_model(gm):
-            check_patterns([site.name for site in sites], config)
-        _report_unconverted(gm, sites, config)
-        if sparsity_is_default and any(site.verdict == "sla2" and not _is_calibrated(site) for site in sites):
-            warnings.warn(
-                f"sla2: no sparsity was given, so the cautious default of {config.sparsity} is used; pass "
-                'options={"sparsity": ...} to choose one, or let sla2_compile.calibrate learn the routing for it',
-                stacklevel=2,
-            )
+        report_conversion(gm, sites, config, sparsity_is_default=sparsity_is_default)
         compiled = compile_graph(gm, example_inputs)
         if not any(site.verdict == "sla2" for site in sites):
             return compiled
         return with_dense_twin(compiled, original, example_inputs, compile_graph)
 
     return backend
+
+
+def report_conversion(gm: GraphModule, sites: list[Site], config: SLA2Config, *, sparsity_is_default: bool) -> None:
+    """Tell what a user should know about a converted graph: patterns without a site, no conversion, no chosen sparsity.
+
+    Raises:
+        ValueError: a pattern of the config that matches no site; under `config.strict`, where nothing was converted.
+    """
+    if sites and is_whole_model(gm):
+        check_patterns([site.name for site in sites], config)
+    _report_unconverted(gm, sites, config)
+    if sparsity_is_default and any(site.verdict == "sla2" and not _is_calibrated(site) for site in sites):
+        warnings.warn(
+            f"sla2: no sparsity was given, so the cautious default of {config.sparsity} is used; pass "
+            'options={"sparsity": ...} to choose one, or let sla2_compile.calibrate learn the routing for it',
+            stacklevel=3,
+        )
 
 
 def _is_calibrated(site: Site) -> bool:

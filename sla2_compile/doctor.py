@@ -17,6 +17,8 @@ _PACKAGES = {
     "triton": "GPU kernels: pip install 'sla2-compile[gpu]'",
     "torchao": "low-bit training: pip install 'sla2-compile[quant]'",
     "diffusers": "the example: pip install 'sla2-compile[diffusers]'",
+    "onnx": "export to ONNX: pip install 'sla2-compile[export]'",
+    "onnxruntime": "checks of exported ONNX models: pip install 'sla2-compile[export]'",
     "safetensors": "learned state: pip install 'sla2-compile[calibrate]'",
     "tqdm": "progress of calibration: pip install 'sla2-compile[calibrate]'",
     "matplotlib": "pictures in reports: pip install 'sla2-compile[report]'",

@@ -18,6 +18,7 @@ from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.dispatch import backward_of, forward_of
 from sla2_compile.kernels.reference import interpolate_logit
 from sla2_compile.kernels.settings import Settings, empty_output, empty_saved
+from sla2_compile.quant.formats import statistics_dtype
 from sla2_compile.validation import check_attention_arguments, check_settings
 
 _SETTINGS = (
@@ -46,7 +47,7 @@ _library.define(
 )
 
 
-def _settings(values: tuple[Any, ...]) -> Settings:
+def settings_of(values: tuple[Any, ...]) -> Settings:
     # The dispatcher leaves out a last argument that is its default.
     return Settings(**dict(zip(_SETTINGS_NAMES[: len(values)], values, strict=True)))
 
@@ -55,25 +56,25 @@ def _settings(values: tuple[Any, ...]) -> Settings:
 def _forward(*args: Any) -> tuple[Tensor, ...]:
     device = args[0].device
     with torch.autocast(device.type, enabled=False):
-        settings = _settings(args[9:])
+        settings = settings_of(args[9:])
         return forward_of(device, only_rounds=settings.only_rounds)(*args[:9], settings)
 
 
 def _backward(*args: Any) -> tuple[Tensor, ...]:
     device = args[0].device
     with torch.autocast(device.type, enabled=False):
-        return backward_of(device)(*args[:12], _settings(args[12:]))
+        return backward_of(device)(*args[:12], settings_of(args[12:]))
 
 
 def _forward_fake(q: Tensor, k: Tensor, *args: Any) -> tuple[Tensor, ...]:
     save_sparse_out = args[6]
     sparse_out = empty_output(q) if save_sparse_out else q.new_empty(0)
-    return empty_output(q), sparse_out, *empty_saved(q, k, _settings(args[7:]))
+    return empty_output(q), sparse_out, *empty_saved(q, k, settings_of(args[7:]))
 
 
 def _backward_fake(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, ...]:
     kept = args[7]
-    statistics = torch.promote_types(q.dtype, torch.float32)
+    statistics = statistics_dtype(q.dtype)
     return (
         *(empty_output(x) for x in (q, k, v)),
         q.new_empty(kept.shape[:3], dtype=statistics),
@@ -190,7 +191,12 @@ def _register_sharding_rules() -> None:
     register_sharding_rules()
 
 
-def attention_implementation(
+def attention_implementation(*args: Any, **kwargs: Any) -> Tensor:
+    """`sla2::attention`, from its arguments."""
+    return _Attention.apply(*forward_arguments(*args, **kwargs))[0]
+
+
+def forward_arguments(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -214,7 +220,8 @@ def attention_implementation(
     exact_prefix: int = 0,
     exact_suffix: int = 0,
     fake_quant: bool = False,
-) -> Tensor:
+) -> tuple[Any, ...]:
+    """What `sla2::attention_forward` takes for these arguments of `sla2::attention`, which are checked here."""
     if "torch.distributed.tensor" in sys.modules:
         _register_sharding_rules()
     q, k, v = _autocast(q, k, v)
@@ -229,18 +236,18 @@ def attention_implementation(
         exact_prefix=exact_prefix, exact_suffix=exact_suffix,
         number_formats=(None, None) if fake_quant else (qk_format, pv_format),
     )  # fmt: skip
-    statistics = torch.promote_types(q.dtype, torch.float32)
+    statistics = statistics_dtype(q.dtype)
     if alpha_logit is not None:
         alpha_logit = interpolate_logit(alpha_logit.to(statistics), num_blocks(q.shape[2], block_q))
     if alpha_gain is not None:
         alpha_gain = alpha_gain.to(statistics)
     differentiable = (q, k, v, alpha_logit, alpha_gain)
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiable)
-    return _Attention.apply(
+    return (
         q, k, v, attn_mask, proj_q, proj_k, alpha_logit, alpha_gain, needs_grad,
         q.shape[3] ** -0.5 if scale is None else scale, sparsity_units, block_q, block_k, feature_map,
         qk_format, pv_format, tail, mixing, token_grid, exact_prefix, exact_suffix, fake_quant,
-    )[0]  # fmt: skip
+    )  # fmt: skip
 
 
 _library.impl("attention", attention_implementation, "CompositeImplicitAutograd")

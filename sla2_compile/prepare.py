@@ -101,12 +101,15 @@ def attach_state(owner: nn.Module, state: OwnerState) -> None:
 def prepared_class(cls: Any) -> type[nn.Module]:
     """The subclass of `cls` that marks its input. One for all instances, so that they share compiled code."""
 
+    # A function, since Dynamo cannot read it off every class.
+    original = cls.forward
+
     # The signature stays visible: pipelines inspect it.
-    @functools.wraps(cls.forward)
+    @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         state = self.sla2
         args, kwargs = _mark(args, kwargs, state.tensors(), state.text, state.name)
-        return cls.forward(self, *args, **kwargs)
+        return original(self, *args, **kwargs)
 
     def reduce(self: Any, protocol: Any) -> Any:
         # A class made at run time cannot be pickled or copied by its name.
@@ -177,10 +180,12 @@ def _every_module_marked(model: nn.Module) -> Iterator[None]:
 
 
 def _naming_class(cls: type[nn.Module]) -> Any:
-    @functools.wraps(cls.forward)
+    original: Any = cls.forward
+
+    @functools.wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = _mark(args, kwargs, [], "", self._sla2_path)
-        return cls.forward(self, *args, **kwargs)
+        return original(self, *args, **kwargs)
 
     return _subclass(cls, (), {"forward": forward})
 

@@ -134,7 +134,7 @@ def sixteen_bit_gradients(case: Case) -> dict[str, Tensor]:
     (batch, heads, q_len, dim), scale = case.q.shape, case.q.shape[-1] ** -0.5
     block_q, block_k = case.config.block_q, case.config.block_k
     q, k, v = case.q.detach(), case.k.detach(), case.v.detach()
-    if case.config.qk_format is not None:
+    if (case.config.qk_format, case.config.pv_format) != (None, None):
         k = k - k.mean(2, keepdim=True)  # otherwise the saved log-sum-exps are of k as it came
     kept = case.block_mask().repeat_interleave(block_q, 2)[:, :, :q_len]
     kept_keys = kept.repeat_interleave(block_k, 3)[..., :q_len]

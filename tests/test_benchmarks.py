@@ -182,6 +182,16 @@ def test_every_group_of_sites_but_the_first_costs_another_pass_of_the_full_model
 
 
 @pytest.mark.slow
+def test_the_export_benchmark_runs_packages_without_this_package() -> None:
+    command = [sys.executable, "-m", "benchmarks.export", "--tiny"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    values = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
+    assert float(values["ratio"]) > 0
+    assert float(values["difference_from_eager"]) < 1e-4
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_compile_times_are_those_of_fresh_processes_in_inference_and_training(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.compile_time", "--layers", "1", "--rounds", "1", "--save"]

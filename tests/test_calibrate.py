@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -98,7 +99,9 @@ def test_what_diverged_is_named_and_never_chosen(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(sys.modules["sla2_compile.calibrate"], "train_site", train_and_break_one)
     report = run(sharp(Blocks()))
-    assert all(each.form not in ("pooled, row", "untrained") for site in report.sites for each in site.results)
+    results = [each for site in report.sites for each in site.results]
+    assert all(each.form != "pooled, row" and each.after <= each.before < math.inf for each in results)
+    assert any(each.improved for each in results)
     assert len(report.diverged()) == 2
     assert "not finite, and so not kept: pooled, row at" in str(report)
 

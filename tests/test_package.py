@@ -12,7 +12,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("sla2_compile", "sla2_compile/passes", "sla2_compile/kernels", "sla2_compile/quant")
+PACKAGES = (
+    "sla2_compile",
+    "sla2_compile/exporters",
+    "sla2_compile/passes",
+    "sla2_compile/kernels",
+    "sla2_compile/quant",
+)
 DATA_SUFFIXES = (".html.jinja",)
 
 
@@ -47,7 +53,7 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_wheel_holds_the_four_packages_and_nothing_else(distributions: Path) -> None:
+def test_the_wheel_holds_the_five_packages_and_nothing_else(distributions: Path) -> None:
     (wheel,) = distributions.glob("*.whl")
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert names == expected_files()

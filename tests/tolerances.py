@@ -8,6 +8,13 @@ from torch import Tensor
 # Relative L2 between two float64 computations of the same formula in another order: some hundred roundings of 1e-16.
 FLOAT64 = 1e-12
 
+# The same where a traced graph of dynamic length interpolates a logit, whose positions PyTorch computes in float32 in
+# graphs before 2.12.
+FLOAT64_INTERPOLATED = FLOAT64 if torch.__version__ >= "2.12" else 1e-7
+
+# Relative L2 error of an exported file in float32 against eager PyTorch: what the project promises of ONNX models.
+EXPORTED = 1e-4
+
 # Relative L2 error in a dtype, against float64, as a multiple of plain PyTorch's at the same mathematics in that dtype.
 EAGER_ERROR_FACTOR = 2.0
 # Below this (8 units in the last place of float32) plain PyTorch's error of a gradient of few elements is luck.

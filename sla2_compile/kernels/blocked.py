@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sla2_compile.kernels.blocked_routing import kept_block_mask, route
 from sla2_compile.kernels.blocks import num_blocks
@@ -24,7 +25,7 @@ from sla2_compile.kernels.reference import (
 from sla2_compile.kernels.settings import Settings, empty_output, empty_saved, row_gain
 from sla2_compile.kernels.softmax_attention import softmax_attention, sparse_branch
 from sla2_compile.kernels.token_order import tile_order
-from sla2_compile.quant.formats import quantize_dequantize
+from sla2_compile.quant.formats import quantize_dequantize, statistics_dtype
 
 # Query rows times gathered keys that one step handles: large enough to fill the cores, small enough for the caches.
 CHUNK_SCORES = 1 << 22
@@ -40,7 +41,7 @@ class Inputs:
     real: Tensor  # (B, N_kv) bool
     n: Tensor  # (B, T) real tokens per key block, at least float32
     order: Tensor | None  # (N,) visiting order of the model's tokens
-    has_padding: bool  # some key of the padded blocks is not real
+    has_padding: bool  # some key of the padded blocks may not be real
 
 
 def visit(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, settings: Settings) -> Inputs:
@@ -54,17 +55,18 @@ def visit(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, settings: S
     if settings.token_grid is not None:
         order = tile_order(tuple(settings.token_grid), kv_len, settings.exact_prefix, device=q.device)  # type: ignore[arg-type]
         q, k, v, real = q[:, :, order], k[:, :, order], v[:, :, order], real[:, order]
-    statistics = torch.promote_types(q.dtype, torch.float32)
+    statistics = statistics_dtype(q.dtype)
     n = block_sums(real[..., None].to(statistics), settings.block_k)[..., 0]
-    return Inputs(q, k, v, real, n, order, attn_mask is not None or kv_len % settings.block_k != 0)
+    has_padding = attn_mask is not None or not statically_known_true(kv_len % settings.block_k == 0)
+    return Inputs(q, k, v, real, n, order, has_padding)
 
 
 @dataclass
 class KeyHead:
     """One head's keys and values as blocks."""
 
-    k: Tensor  # (T, block_k * D), in the inputs' dtype
-    v: Tensor  # (T, block_k * D)
+    k: Tensor  # (T, block_k, D), in the inputs' dtype
+    v: Tensor  # (T, block_k, D)
     k_bar: Tensor  # (T, D) means over real tokens, at least float32
     v_bar: Tensor  # (T, D)
     bias: Tensor | None  # (T, block_k) 0 where the key is real, else -inf; None: all are real
@@ -77,35 +79,55 @@ class KeyHead:
 
 
 def key_head(inputs: Inputs, b: int, h: int, settings: Settings) -> KeyHead:
-    """Smooth the keys of head `h` of `H_kv` (where that matters), and block its keys and values."""
-    k, v, real = inputs.k[b, h], inputs.v[b, h], inputs.real[b]
+    """Head `h` of `H_kv`, smoothed (where that matters) and blocked."""
+    real = inputs.real[b]
     masked = not bool(real.all())
+    return block_head(
+        inputs.k[b, h], inputs.v[b, h], real, inputs.n[b], settings, masked=masked, has_padding=inputs.has_padding
+    )
+
+
+def block_head(
+    k: Tensor, v: Tensor, real: Tensor, num_real: Tensor, settings: Settings, *, masked: bool, has_padding: bool
+) -> KeyHead:
+    """Smooth the keys of one head, where that matters, and block its keys and values.
+
+    Args:
+        k, v: (N_kv, D).
+        real: (N_kv,) bool.
+        num_real: (T,) real tokens per block.
+        settings: the op's.
+        masked: some of them may not be real.
+        has_padding: the same of the blocks, the last of which may be filled up.
+    """
     if masked:
         # Keys and values that are not real may hold anything, NaN too: they must not reach a product.
         k, v = k.masked_fill(~real[:, None], 0), v.masked_fill(~real[:, None], 0)
-    n = inputs.n[b][:, None]
+    n = num_real[:, None]
     k_sums, v_sums = block_sums(k, settings.block_k), block_sums(v, settings.block_k)
     k_bar, v_bar = k_sums / n.clamp(min=1), v_sums / n.clamp(min=1)
     weight = real[:, None].to(n.dtype)
     if settings.smooths_keys:
         k_mean = k_sums.sum(0) / n.sum().clamp(min=1)
         k, k_bar = ((k - k_mean) * weight).to(k.dtype), k_bar - k_mean
-    real_blocks = _blocks(weight, settings.block_k)
-    bias = torch.where(real_blocks > 0, 0.0, -torch.inf).to(weight.dtype) if inputs.has_padding else None
+    real_blocks = split_blocks(weight, settings.block_k)
+    bias = torch.where(real_blocks[..., 0] > 0, 0.0, -torch.inf).to(weight.dtype) if has_padding else None
     return KeyHead(
-        k=_blocks(k, settings.block_k),
-        v=_blocks(v, settings.block_k),
+        k=split_blocks(k, settings.block_k).contiguous(),
+        v=split_blocks(v, settings.block_k).contiguous(),
         k_bar=k_bar,
         v_bar=v_bar,
         bias=bias,
-        log_n=inputs.n[b].log(),
-        real=real_blocks[..., None],
+        log_n=num_real.log(),
+        real=real_blocks,
     )
 
 
-def _blocks(x: Tensor, block_size: int) -> Tensor:
-    """(N, D) to (T, block_size * D), the last block filled up with zeros."""
-    return split_blocks(x, block_size).flatten(1)
+def with_rounded_values(head: KeyHead, settings: Settings) -> KeyHead:
+    """The head with values as their format holds them, with one scale per channel over all of its keys."""
+    if settings.pv_format is None:
+        return head
+    return KeyHead(**{**vars(head), "v": quantize_dequantize(at_least_float32(head.v), "fp8", (0, 1))})
 
 
 @dataclass(frozen=True)
@@ -135,13 +157,13 @@ def row_chunks(q_len: int, kv_len: int, settings: Settings) -> Iterator[RowChunk
 
 def gather_keys(head: KeyHead, kept: Tensor, keeps_all: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """The kept keys (R, K, D), values and bias (R or 1, 1, K) of query blocks with these (R, 1 + slots) choices."""
-    rows, (total, size) = kept.shape[0], head.real.shape[:2]
+    rows, size = kept.shape[0], head.real.shape[1]
     if keeps_all:
-        k, v = (x.view(1, total * size, -1).expand(rows, -1, -1) for x in (head.k, head.v))
+        k, v = (x.flatten(0, 1).expand(rows, -1, -1) for x in (head.k, head.v))
         return k, v, None if head.bias is None else head.bias.view(1, 1, -1)
-    num_kept, kept = kept[:, :1], kept[:, 1:]
+    num_kept, kept = kept[:, :1], kept[:, 1:].clone(memory_format=torch.contiguous_format)
     slots = kept.shape[1]
-    k, v = (x.index_select(0, kept.flatten()).view(rows, slots * size, -1) for x in (head.k, head.v))
+    k, v = (x.index_select(0, kept.view(-1)).view(rows, slots * size, -1) for x in (head.k, head.v))
     if head.bias is None:
         return k, v, None
     unused = torch.arange(slots, device=kept.device) >= num_kept
@@ -162,7 +184,7 @@ def tail_is_empty(bias: Tensor) -> Tensor:
 def mixing_weight(
     sparse_lse: Tensor, tail_lse: Tensor, no_tail: Tensor, logit: Tensor | None, gain: Tensor | None
 ) -> Tensor:
-    """The sparse branch's weight a: lse (R, block_q), no_tail (R, 1), logit (R, 1), gain () or None: block mixing."""
+    """Weight a of the sparse branch: lse (R, block_q), no_tail, logit (R, 1), gain () or (R, 1), None: block mixing."""
     # Clamping keeps an empty branch from making inf - inf; its weight is set below.
     z = torch.zeros_like(sparse_lse) if logit is None else logit.to(sparse_lse.dtype).expand_as(sparse_lse)
     if gain is not None:
@@ -193,8 +215,7 @@ class LinearBlocks:
 
 def linear_blocks(head: KeyHead, settings: Settings) -> LinearBlocks:
     """h_j and z_j of every key block (the paper's section 3.2)."""
-    total, size, _ = head.real.shape
-    k, v = (at_least_float32(x).view(total, size, -1) for x in (head.k, head.v))
+    k, v = (at_least_float32(x) for x in (head.k, head.v))
     phi_k = feature_map(k, settings.feature_map) * head.real
     return LinearBlocks(phi_k, phi_k.mT @ v, phi_k.sum(1))
 
@@ -229,11 +250,7 @@ def forward(
         for h_kv in range(k.shape[1]):
             head = key_head(inputs, b, h_kv, settings)
             linear = linear_blocks(head, settings) if settings.tail == "linear" else None
-            values = head
-            if settings.pv_format is not None:
-                # One scale per channel, over all the keys of the head.
-                by_token = at_least_float32(head.v).view(-1, q.shape[-1])
-                values = KeyHead(**{**vars(head), "v": quantize_dequantize(by_token, "fp8", (0,)).view_as(head.v)})
+            values = with_rounded_values(head, settings)
             heads = slice(h_kv * group, (h_kv + 1) * group)
             kept[b : b + 1, heads] = route(
                 inputs.q[b : b + 1, heads],
@@ -247,7 +264,7 @@ def forward(
             for h in range(heads.start, heads.stop):
                 for chunk in row_chunks(q.shape[2], k.shape[2], settings):
                     rows = slice(chunk.start, chunk.stop)
-                    results = _forward_rows(
+                    results = forward_rows(
                         row_blocks(inputs.q[b, h], chunk, settings.block_q),
                         head,
                         values,
@@ -269,13 +286,13 @@ def forward(
     return out, sparse_out, sparse_lse, tail_lse, kept
 
 
-def _pooled_tail(q: Tensor, head: KeyHead, bias: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+def _pooled_tail(q: Tensor, head: KeyHead, bias: Tensor, settings: Settings, fused: bool) -> tuple[Tensor, Tensor]:
     """Attention of the rows (R, block_q, D) to the blocks' means, with bias (R, 1, T): (R, block_q, D) and its lse."""
-    k_bar, v_bar = (x.expand(len(q), -1, -1) for x in head.pooled())
-    return softmax_attention(q, k_bar, v_bar, bias, settings.scale)
+    k_bar, v_bar = (x.expand(q.shape[0], -1, -1) for x in head.pooled())
+    return softmax_attention(q, k_bar, v_bar, bias, settings.scale, fused=fused)
 
 
-def _forward_rows(
+def forward_rows(
     q: Tensor,
     head: KeyHead,
     values: KeyHead,
@@ -285,17 +302,22 @@ def _forward_rows(
     gain: Tensor | None,
     keeps_all: bool,
     settings: Settings,
+    *,
+    fused: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out and sparse_out (R, block_q, D), sparse_lse and tail_lse (R, block_q) of some query blocks (R, block_q, D)."""
     k, v, bias = gather_keys(values, kept, keeps_all)
-    sparse_out, sparse_lse = sparse_branch(q, k, v, bias, settings)
     if keeps_all:
+        # One problem with many rows, since all see the same keys.
+        together, lse = sparse_branch(q.flatten(0, 1)[None], k[:1], v[:1], bias, settings, fused=fused)
+        sparse_out, sparse_lse = together.view(q.shape), lse.view(q.shape[:2])
         return sparse_out, sparse_out, sparse_lse, torch.full_like(sparse_lse, -torch.inf)
-    block_mask = kept_block_mask(kept, len(head.log_n))
+    sparse_out, sparse_lse = sparse_branch(q, k, v, bias, settings, fused=fused)
+    block_mask = kept_block_mask(kept, head.log_n.shape[0])
     bias = tail_bias(head, block_mask)
     tail_out, tail_lse = None, torch.zeros_like(sparse_lse)
     if linear is None or gain is not None:
-        tail_out, tail_lse = _pooled_tail(q, head, bias, settings)
+        tail_out, tail_lse = _pooled_tail(q, head, bias, settings, fused)
     if linear is not None:
         state, normalizer = linear.outside(block_mask)
         phi_q = feature_map(at_least_float32(q), settings.feature_map)

@@ -34,6 +34,7 @@ from sla2_compile.kernels.blocked import (
 from sla2_compile.kernels.blocked_routing import kept_block_mask
 from sla2_compile.kernels.reference import at_least_float32, feature_map
 from sla2_compile.kernels.settings import Settings, empty_output, row_gain
+from sla2_compile.quant.formats import statistics_dtype
 
 
 @dataclass
@@ -80,7 +81,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv in the shapes and dtypes of q, k, v; per batch element d logit (B, H, M) and d gain (B, H)."""
     dq, dk, dv = (empty_output(x).zero_() for x in (q, k, v))
-    statistics = torch.promote_types(q.dtype, torch.float32)
+    statistics = statistics_dtype(q.dtype)
     d_logit = q.new_zeros(kept.shape[:3], dtype=statistics)
     d_gain = q.new_zeros(q.shape[:2], dtype=statistics)
     if q.numel() == 0 or k.shape[2] == 0:
@@ -256,7 +257,7 @@ def _collect(
     if linear is not None:
         assert grads.h is not None
         assert grads.z is not None
-        k, v = (at_least_float32(x).view_as(dk) for x in (head.k, head.v))
+        k, v = (at_least_float32(x) for x in (head.k, head.v))
         d_phi = (v @ grads.h.mT + grads.z[:, None]) * head.real
         dk += _feature_map_gradient(k, d_phi, settings.feature_map)
         dv += linear.phi_k @ grads.h

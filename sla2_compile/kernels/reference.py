@@ -13,11 +13,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from sla2_compile.config import SLA2Config
 from sla2_compile.kernels.blocks import exact_blocks, exact_query_blocks, num_blocks, num_kept_blocks
 from sla2_compile.kernels.token_order import inverse_order, tile_order
-from sla2_compile.quant.formats import quantize_dequantize, quantize_dequantize_probabilities
+from sla2_compile.quant.formats import quantize_dequantize, quantize_dequantize_probabilities, statistics_dtype
 
 # A row of the linear tail whose weights sum to less has none: near float32's smallest number they are noise.
 MIN_LINEAR_WEIGHT = 1e-30
@@ -185,13 +186,16 @@ def smooth_keys(k: Tensor, real: Tensor) -> Tensor:
 
 def split_blocks(x: Tensor, block_size: int) -> Tensor:
     """(..., N, D) to (..., T, block_size, D), the last block filled up with zeros; a view where none are needed."""
-    missing = -x.shape[-2] % block_size
-    return (F.pad(x, (0, 0, 0, missing)) if missing else x).unflatten(-2, (-1, block_size))
+    total = num_blocks(x.shape[-2], block_size)
+    # Written so that a symbolic length shows that the blocks hold it, and is not compared.
+    missing = total * block_size - x.shape[-2]
+    padded = x if statically_known_true(missing == 0) else F.pad(x, (0, 0, 0, missing))
+    return padded.unflatten(-2, (total, block_size))
 
 
 def block_sums(x: Tensor, block_size: int) -> Tensor:
     """Sums over blocks of tokens, at least float32: (..., N, D) to (..., T, D)."""
-    return split_blocks(x, block_size).sum(-2, dtype=torch.promote_types(x.dtype, torch.float32))
+    return split_blocks(x, block_size).sum(-2, dtype=statistics_dtype(x.dtype))
 
 
 def block_means(x: Tensor, real: Tensor, block_size: int) -> Tensor:
@@ -231,7 +235,7 @@ def interpolate_logit(logit: Tensor, num_query_blocks: int) -> Tensor:
 
 def at_least_float32(x: Tensor) -> Tensor:
     """`x` in float32, or as it is where it has more."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(statistics_dtype(x.dtype))
 
 
 def soft_topk(scores: Tensor, kept_ratio: float, tau: float = 0.1) -> Tensor:

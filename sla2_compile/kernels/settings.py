@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sla2_compile.kernels.blocks import ExactBlocks, exact_blocks, exact_query_blocks, max_kept_blocks, num_blocks
+from sla2_compile.quant.formats import statistics_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,7 @@ class Settings:
 def row_gain(q: Tensor, alpha_gain: Tensor | None, settings: Settings) -> Tensor | None:
     """The gain (H,) of row mixing, 1 where nothing is learned; None for block mixing."""
     if settings.mixing == "row" and alpha_gain is None:
-        return q.new_ones(q.shape[1], dtype=torch.promote_types(q.dtype, torch.float32))
+        return q.new_ones(q.shape[1], dtype=statistics_dtype(q.dtype))
     return alpha_gain
 
 
@@ -75,7 +76,7 @@ def empty_saved(q: Tensor, k: Tensor, settings: Settings) -> tuple[Tensor, Tenso
     """
     batch, heads, q_len, _ = q.shape
     rows = num_blocks(q_len, settings.block_q)
-    statistics = torch.promote_types(q.dtype, torch.float32)
+    statistics = statistics_dtype(q.dtype)
     return (
         q.new_empty(batch, heads, q_len, dtype=statistics),
         q.new_empty(batch, heads, q_len, dtype=statistics),

@@ -7,10 +7,12 @@ from torch import Tensor
 
 from sla2_compile.kernels.reference import masked_softmax, quantize_blocks
 from sla2_compile.kernels.settings import Settings
-from sla2_compile.quant.formats import quantize_dequantize_probabilities
+from sla2_compile.quant.formats import quantize_dequantize_probabilities, statistics_dtype
 
 
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def softmax_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, *, fused: bool = True
+) -> tuple[Tensor, Tensor]:
     """softmax(scale q k^T + bias) v.
 
     Args:
@@ -18,12 +20,13 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scal
         k, v: (R, K, D), strides may be 0 along R.
         bias: (R or 1, M or 1, K) in the statistics' dtype, finite or -inf; None is 0.
         scale: of the scores.
+        fused: use PyTorch's kernel where there is one, and not the operations that it is made of.
 
     Returns:
         out (R, M, D) in q's dtype and lse (R, M), float32 or float64. A row with nothing to see gives 0 and -inf.
     """
-    if q.device.type == "cpu":
-        mask = None if bias is None else bias[:, None].expand(len(q), 1, q.shape[1], k.shape[1])
+    if fused and q.device.type == "cpu":
+        mask = None if bias is None else bias[:, None].expand(q.shape[0], 1, q.shape[1], k.shape[1])
         # Without asking, the operator reads head dims as if they were adjacent.
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -33,17 +36,19 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scal
     return _explicit(q, k, v, bias, scale, None)
 
 
-def sparse_branch(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, settings: Settings) -> tuple[Tensor, Tensor]:
+def sparse_branch(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, settings: Settings, *, fused: bool = True
+) -> tuple[Tensor, Tensor]:
     """`softmax_attention` at the precision the settings ask for; v comes already rounded to its format."""
     if settings.qk_format is None and settings.pv_format is None:
-        return softmax_attention(q, k, v, bias, settings.scale)
+        return softmax_attention(q, k, v, bias, settings.scale, fused=fused)
     return _explicit(q, k, v, bias, settings.scale, settings)
 
 
 def _explicit(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, low_bit: Settings | None
 ) -> tuple[Tensor, Tensor]:
-    statistics = torch.promote_types(q.dtype, torch.float32)
+    statistics = statistics_dtype(q.dtype)
     queries, k, v = (x.to(statistics) for x in (q, k, v))
     if low_bit is not None and low_bit.qk_format is not None:
         queries = quantize_blocks(queries, low_bit.block_q, low_bit.qk_format)

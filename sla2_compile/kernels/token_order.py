@@ -34,12 +34,10 @@ def tile_order(
     for coordinate in coordinates:
         key = key * TILE_SIZE + coordinate % TILE_SIZE
     order = torch.arange(num_tokens, device=device)
-    order[exact_prefix : exact_prefix + len(position)] = exact_prefix + key.argsort()
-    return order
+    end = exact_prefix + position.shape[0]
+    return torch.cat([order[:exact_prefix], exact_prefix + key.argsort(), order[end:]])
 
 
 def inverse_order(order: Tensor) -> Tensor:
     """The order that undoes `order`: `x[order][inverse_order(order)] == x`."""
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(len(order), device=order.device)
-    return inverse
+    return torch.empty_like(order).scatter(0, order, torch.arange(order.shape[0], device=order.device))

@@ -8,6 +8,9 @@ whichever maximum it has when a tile comes by. Rounding is to nearest even; scal
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -16,6 +19,28 @@ FP8_MAX = 448.0
 INT8_MAX = 127.0
 # The code of a row's largest probability, rounded up to a power of two.
 TOP_CODE = 256.0
+
+
+# Values, their format and the dimensions that share a scale, to what they become.
+Quantizer = Callable[[Tensor, str, tuple[int, ...]], Tensor]
+
+_quantizer: ContextVar[Quantizer | None] = ContextVar("sla2_quantizer", default=None)
+
+
+@contextmanager
+def quantized_by(quantizer: Quantizer) -> Iterator[None]:
+    """Inside, `quantizer` does what `quantize_dequantize` does, for graphs whose runtime has operators for it."""
+    token = _quantizer.set(quantizer)
+    try:
+        yield
+    finally:
+        _quantizer.reset(token)
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What scales, sums and softmax statistics of tensors of a floating dtype are computed in: at least float32."""
+    # In plain Python, since Dynamo cannot call torch.promote_types while a graph is being exported.
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def round_to_format(x: Tensor, number_format: str) -> Tensor:
@@ -38,14 +63,25 @@ def quantize_dequantize(x: Tensor, number_format: str, dims: tuple[int, ...]) ->
     Returns:
         Tensor like `x`. Its gradient is the identity (straight-through).
     """
-    limit = INT8_MAX if number_format == "int8" else FP8_MAX
+    if (quantizer := _quantizer.get()) is not None:
+        return quantizer(x, number_format, dims)
     with torch.no_grad():
-        # In 16 bits the scale itself would be rounded.
-        values = x.to(torch.promote_types(x.dtype, torch.float32))
-        scale = values.abs().amax(dims, keepdim=True) / limit
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        rounded = (round_to_format(values / scale, number_format) * scale).to(x.dtype)
+        rounded = round_trip(x, number_format, dims)
     return x + (rounded - x).detach()
+
+
+def round_trip(x: Tensor, number_format: str, dims: tuple[int, ...]) -> Tensor:
+    """`quantize_dequantize` without a gradient."""
+    # In 16 bits the scale itself would be rounded.
+    values = x.to(statistics_dtype(x.dtype))
+    scale = format_scale(values, number_format, dims)
+    return (round_to_format(values / scale, number_format) * scale).to(x.dtype)
+
+
+def format_scale(values: Tensor, number_format: str, dims: tuple[int, ...]) -> Tensor:
+    """What to divide values by so that they fill the format's range; 1 where all that share a scale are 0."""
+    scale = values.abs().amax(dims, keepdim=True) / (INT8_MAX if number_format == "int8" else FP8_MAX)
+    return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
 def quantize_dequantize_probabilities(p: Tensor, peak: Tensor, lse: Tensor) -> Tensor:

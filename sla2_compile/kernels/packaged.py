@@ -1,0 +1,131 @@
+"""The CUDA forward as operations that AOTInductor can put into a package, Triton kernels included.
+
+It calls the launchers of the eager forward through twins whose kernels `torch.library.wrap_triton` shows to the tracer.
+Pointers only: neither tensor descriptors nor Gluon kernels can be packaged. Twin: `cuda_forward.py`. Inference only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.library import wrap_triton
+from triton.runtime.jit import JITFunction
+
+from sla2_compile.kernels import triton_linear_state, triton_mixture, triton_router, triton_statistics
+from sla2_compile.kernels.attention_stage import AttentionInputs, Outputs
+from sla2_compile.kernels.blocked_routing import kept_block_mask, route_means
+from sla2_compile.kernels.blocks import num_blocks
+from sla2_compile.kernels.hardware import shared_memory
+from sla2_compile.kernels.launch_arguments import padded_dim
+from sla2_compile.kernels.settings import Settings, empty_output, empty_saved
+from sla2_compile.kernels.triton_low_bit import Codes
+from sla2_compile.kernels.triton_mixture import attention_config
+from sla2_compile.kernels.triton_router import Choice
+from sla2_compile.kernels.triton_statistics import Statistics
+from sla2_compile.kernels.triton_token_order import visiting_order
+
+Launcher = TypeVar("Launcher")
+
+# Newer tracers follow every way through a kernel's data flow to find what it writes: 3 ** 32 ways in the router's.
+ROUTER_IS_TRACEABLE = torch.__version__ < "2.12"
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None,
+    proj_q: Tensor | None,
+    proj_k: Tensor | None,
+    alpha_logit: Tensor | None,
+    alpha_gain: Tensor | None,
+    settings: Settings,
+) -> Tensor:
+    """(B, H, N, D) over (B, N, H, D) storage; see `ops.py` for the arguments. Lengths are numbers.
+
+    Raises:
+        NotImplementedError: low-bit formats, or a scale that is not positive.
+    """
+    if settings.qk_format is not None or settings.pv_format is not None:
+        raise NotImplementedError("qk_format, pv_format: expected None in a CUDA package, got a low-bit format")
+    if settings.scale <= 0:
+        raise NotImplementedError(f"scale: expected a positive number in a CUDA package, got {settings.scale}")
+    q_len, kv_len = q.shape[2], k.shape[2]
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    out = empty_output(q)
+    sparse_lse, tail_lse, kept = empty_saved(q, k, settings)
+    order = traceable(visiting_order)(settings, kv_len, q.device)
+    real = None if attn_mask is None else attn_mask.expand(q.shape[0], 1, 1, kv_len).flatten(1).contiguous()
+    has_tail = kept.shape[3] - 1 < num_blocks(kv_len, settings.block_k)
+    statistics = traceable(triton_statistics.block_statistics)(
+        q, k, v, real, order, settings, needs_v_bar=has_tail and settings.tail == "pooled", smooth_k_bar=False
+    )
+    kept, choice = _route(statistics, proj_q, proj_k, kept, q_len, kv_len, settings, masked=real is not None)
+    states = None
+    if has_tail and settings.tail == "linear":
+        assert statistics.center is not None
+        states = traceable(triton_linear_state.linear_states)(
+            k, v, choice.bits, statistics.n, statistics.center, real, order, settings, shared_memory(q.device)
+        )
+    inputs = AttentionInputs(
+        q, k, v, kept, choice.bits, choice.num_nonempty, statistics, Codes(None, None, None, None, None), states,
+        alpha_logit, alpha_gain, real, order,
+    )  # fmt: skip
+    config = attention_config(padded_dim(q.shape[3]), q.element_size(), q.device, low_bit=False)
+    traceable(triton_mixture.attention)(
+        Outputs(out, None, sparse_lse, tail_lse), inputs, settings, dataclasses.replace(config, copy_engine=False)
+    )
+    return out
+
+
+def _route(
+    statistics: Statistics,
+    proj_q: Tensor | None,
+    proj_k: Tensor | None,
+    kept: Tensor,
+    q_len: int,
+    kv_len: int,
+    settings: Settings,
+    *,
+    masked: bool,
+) -> tuple[Tensor, Choice]:
+    """The kept key blocks as `empty_saved` describes them, and what else the router knows of them."""
+    means = (statistics.q_mean, statistics.k_mean, statistics.n)
+    if ROUTER_IS_TRACEABLE:
+        return kept, traceable(triton_router.route)(
+            *means, proj_q, proj_k, kept, q_len, kv_len, settings, masked=masked
+        )
+    kept = route_means(*means, proj_q, proj_k, q_len, kv_len, settings)
+    num_nonempty = (statistics.n > 0).sum(1).int() if masked else None
+    return kept, Choice(_pack_bits(kept_block_mask(kept, num_blocks(kv_len, settings.block_k))), num_nonempty)
+
+
+def _pack_bits(mask: Tensor) -> Tensor:
+    """(..., T) bool as `Choice.bits`."""
+    missing = -mask.shape[-1] % 64
+    words = F.pad(mask, (0, missing), value=True).long().unflatten(-1, (-1, 32))
+    return (words << torch.arange(32, device=mask.device)).sum(-1).int()
+
+
+@functools.cache
+def traceable(launcher: Launcher) -> Launcher:
+    """A launcher, and what it calls beside it, with kernels that a tracer sees. In Triton's interpreter, the same."""
+    assert isinstance(launcher, types.FunctionType)
+    names = dict(launcher.__globals__)
+    twin: Any = types.FunctionType(
+        launcher.__code__, names, launcher.__name__, launcher.__defaults__, launcher.__closure__
+    )
+    twin.__kwdefaults__ = launcher.__kwdefaults__
+    for name in launcher.__code__.co_names:
+        value = names.get(name)
+        if isinstance(value, JITFunction):
+            names[name] = wrap_triton(value)
+        elif isinstance(value, types.FunctionType) and value.__module__.startswith("sla2_compile.kernels.triton_"):
+            names[name] = traceable(value)
+    return twin
