@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sla2_compile.kernels.reference import soft_topk
+from sla2_compile.kernels.reference import find_shift, soft_topk
 
 
 def _normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -96,3 +96,15 @@ def test_arguments_out_of_range_are_errors() -> None:
         soft_topk(torch.zeros(1, 4), 0.5, tau=0)
     with pytest.raises(TypeError, match=r"scores: expected a floating tensor .*, got torch.int64 of shape \(1, 4\)"):
         soft_topk(torch.zeros(1, 4, dtype=torch.int64), 0.5)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0, 1e3, 1e30])
+def test_more_points_at_once_find_the_same_shift(spread: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 40, dtype=torch.float64, generator=generator) * spread
+    logits = logits - logits.sort(descending=True).values[:, 7:8]
+    for target in (7.0, 7.3, 8.0):
+        masks = [(logits + find_shift(logits, target, n)).sigmoid() for n in (1, 3, 15)]
+        assert all((mask.sum(1) - target).abs().max() < 1e-9 for mask in masks)
+        assert torch.allclose(masks[0], masks[1], atol=1e-9)
+        assert torch.allclose(masks[0], masks[2], atol=1e-9)
