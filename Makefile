@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+# Needs Linux, for Triton, and no GPU.
+COMPILE_OFFLINE := $(BIN)/python tests/compile_offline.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all coverage lint format bench bench-model bench-cpu paper-table clean
+.PHONY: help demo test test-all kernels-offline coverage lint format bench bench-model bench-cpu paper-table clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -31,11 +33,16 @@ $(VENV)/paper.stamp: pyproject.toml $(VENV)/torch.stamp
 demo: $(VENV)/demo.stamp ## install, then run a video transformer dense and with SLA2 (about three minutes)
 	$(BIN)/python examples/quickstart.py
 
-test: lint ## install, lint, type-check, run the tests
+test: lint ## install, lint, type-check, run the tests, compile each kernel for six GPUs
 	$(BIN)/python -m pytest -m "not slow"
+	$(COMPILE_OFFLINE) --quick
 
 test-all: lint ## the same with the slow tests
 	$(BIN)/python -m pytest
+	$(COMPILE_OFFLINE) --quick
+
+kernels-offline: $(VENV)/dev.stamp ## compile all kernels for six GPUs, without one (half an hour on two cores; ARGS=--quick: two minutes)
+	$(COMPILE_OFFLINE) $(ARGS)
 
 coverage: $(VENV)/dev.stamp ## check some 130 models of other libraries and write docs/coverage.md (about fifteen minutes)
 	PYTHONPATH=tests $(BIN)/python tests/families/write_page.py
