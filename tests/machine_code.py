@@ -42,7 +42,7 @@ def resource_usage(cubin: bytes) -> tuple[int, int]:
 
 
 def local_accesses_in_loops(cubin: bytes) -> int | None:
-    """Loads and stores of local memory in the innermost loops that hold tensor-core instructions; None: no loop does."""
+    """Loads and stores of local memory in the innermost loops with tensor-core instructions; None: no loop has any."""
     return count_in_loops(_run("nvdisasm", "-c", cubin))
 
 
