@@ -54,7 +54,7 @@ FORMATS = {80: {"int8"}, 86: {"int8"}} | {arch: {"int8", "fp8"} for arch in (89,
 # Its registers are divided among three groups of warps by hand, so a query block's scalars, used outside its loops,
 # may be in local memory; every other kernel has no stack.
 DIVIDES_REGISTERS = "gluon_attention.attention_kernel"
-# Loads and stores in its loops where values are FP8, of some 3,000 instructions. The output, one tile's part of it,
+# Loads and stores in its loops where values are FP8, of some 2,000 instructions. The output, one tile's part of it,
 # which FP8 tensor cores may not add up themselves, and the scores fill a thread's 240 registers.
 LOCAL_IN_LOOPS_WITH_FP8_VALUES = 14
 
