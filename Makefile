@@ -3,12 +3,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+# Needs Linux, for Triton, and no GPU.
+COMPILE_OFFLINE := $(BIN)/python tests/compile_offline.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-export test-all coverage lint format bench bench-model bench-cpu paper-table clean
+.PHONY: help demo test test-export test-all kernels-offline coverage lint format bench bench-model bench-cpu paper-table clean
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
 
 # torch is installed first and alone, so that no other requirement chooses its build.
 $(VENV)/torch.stamp: constraints.txt
@@ -32,16 +34,21 @@ demo: $(VENV)/demo.stamp ## install, then run a video transformer dense and with
 	$(BIN)/python examples/quickstart.py
 
 # A process per core, each with one thread: threads of several would spin on each other.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
-test: lint ## install, lint, type-check, run the tests
+test: lint ## install, lint, type-check, run the tests, compile each kernel for six GPUs
 	$(PYTEST) -m "not slow"
+	$(COMPILE_OFFLINE) --quick
 
 test-export: $(VENV)/dev.stamp ## third-party models exported in every format but the slowest packages (about three minutes)
 	$(BIN)/python -m pytest tests/test_export_models.py -m slow -k "agrees_with_eager and (not aoti or wan)"
 
 test-all: lint ## the same with the slow tests
 	$(PYTEST)
+	$(COMPILE_OFFLINE) --quick
+
+kernels-offline: $(VENV)/dev.stamp ## compile all kernels for six GPUs without one (about half an hour; ARGS=--quick: two minutes)
+	$(COMPILE_OFFLINE) $(ARGS)
 
 coverage: $(VENV)/dev.stamp ## check some 130 models of other libraries and write docs/coverage.md (about fifteen minutes)
 	PYTHONPATH=tests $(BIN)/python tests/families/write_page.py

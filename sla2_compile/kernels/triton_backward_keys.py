@@ -33,8 +33,9 @@ class KeysConfig:
 def keys_config(dim: int, itemsize: int, device: torch.device) -> KeysConfig:
     """For a head dim on a GPU: the largest tiles that no variant of the kernel spills with."""
     large = shared_memory(device) >= 200 * 1024
-    # Hopper's matmuls leave the registers that four warps need.
-    warps = 4 if large and capability(device)[0] < 10 else 8
+    hopper = large and capability(device)[0] < 10
+    # Only Hopper's matmuls leave the registers that four warps need.
+    warps = 4 if hopper else 8
     if itemsize == 4:
         return KeysConfig(32, 32, 8, 1) if dim <= 128 else KeysConfig(16, 16, 8, 1)
     if dim <= 64:
@@ -43,7 +44,9 @@ def keys_config(dim: int, itemsize: int, device: torch.device) -> KeysConfig:
         return KeysConfig(64, 64, warps, 2)
     if dim <= 128:
         return KeysConfig(64, 32, warps, 3 if large else 2)
-    return KeysConfig(64, 32, 8, 2) if large else KeysConfig(32, 32, 4, 1)
+    if large:
+        return KeysConfig(64 if hopper else 32, 32, 8, 2)
+    return KeysConfig(32, 32, 4, 1)
 
 
 @triton.jit

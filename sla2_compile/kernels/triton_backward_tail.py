@@ -37,7 +37,7 @@ def tail_config(dim: int, itemsize: int, shared_memory: int) -> TailConfig:
     """For a head dim and a GPU with so many bytes of shared memory per program."""
     large = shared_memory >= 200 * 1024
     if itemsize == 4:
-        return TailConfig(32, 32, 8, 1) if dim <= 128 else TailConfig(16, 16, 8, 1)
+        return TailConfig(32, 32 if large else 16, 8, 1) if dim <= 128 else TailConfig(16, 16, 8, 1)
     if dim <= 64 or (dim == 128 and large):
         return TailConfig(64, 64, 4, 2)
     if dim <= 128:

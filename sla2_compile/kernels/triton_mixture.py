@@ -65,8 +65,8 @@ def attention_config(block_d: int, itemsize: int, device: torch.device, *, low_b
         return AttentionConfig(32, 32, 32, 8 if block_d <= 128 else 16, 1)
     if memory < 200 * 1024:
         if block_d <= 128:
-            return AttentionConfig(64, 32, 64 if block_d <= 64 else 32, 4, 2)
-        return AttentionConfig(64, 32, 32, 8, 2 if memory >= 160 * 1024 else 1)
+            return AttentionConfig(64, 32, 32, 4, 2)
+        return AttentionConfig(64, 32, 32, 8, 2) if memory >= 160 * 1024 else AttentionConfig(32, 32, 32, 8, 1)
     if block_d <= 64:
         return AttentionConfig(128, 64, 64, 8, 3, copy_engine=copies)
     if block_d <= 128:
