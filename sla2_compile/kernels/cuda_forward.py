@@ -83,12 +83,13 @@ def _prepare(
         statistics.q_mean, statistics.k_mean, statistics.n, proj_q, proj_k, kept, q.shape[2], kv_len, settings,
         masked=real is not None,
     )  # fmt: skip
-    codes = low_bit_codes(k, v, statistics, real, order, settings)
     if has_tail and settings.tail == "linear":
         assert statistics.center is not None
         states = linear_states(
             k, v, choice.bits, statistics.n, statistics.center, real, order, settings, shared_memory(q.device)
         )
+    # Last, when the key blocks' states are gone: together they would take more than the inputs.
+    codes = low_bit_codes(k, v, statistics, real, order, settings)
     return AttentionInputs(
         q, k, v, kept, choice.bits, choice.num_nonempty, statistics, codes, states, alpha_logit, alpha_gain, real,
         order,
