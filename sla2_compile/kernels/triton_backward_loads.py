@@ -26,6 +26,24 @@ def in_elements(strides, UNIT: tl.constexpr):
 
 
 @triton.jit
+def query_block(index, num_heads, M, first_exact, last_exact):
+    """(head, query block) number `index`, int64 and int32; what keeps every key block comes first: it takes longest.
+
+    Such blocks are those before `first_exact` and from `last_exact` on, of M.
+    """
+    num_exact = first_exact + M - last_exact
+    if index < num_heads * num_exact:
+        head = index // num_exact
+        m = index % num_exact
+        m = tl.where(m < first_exact, m, last_exact + m - first_exact)
+    else:
+        index -= num_heads * num_exact
+        head = index // (M - num_exact)
+        m = first_exact + index % (M - num_exact)
+    return head.to(tl.int64), m
+
+
+@triton.jit
 def token_of(order_ptr, position, length):
     """The model's token at each visited `position`, int64; any token in place of one past the end."""
     if order_ptr is None:

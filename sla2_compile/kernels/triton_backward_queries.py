@@ -19,6 +19,7 @@ from sla2_compile.kernels.triton_backward_loads import (
     in_elements,
     is_real,
     load_tile,
+    query_block,
     scores_in_float32,
     store_tile,
     token_of,
@@ -103,17 +104,7 @@ def _queries_kernel(
     KEY_PARTS: tl.constexpr = BLOCK_K // KEYS
     pid = tl.program_id(0)
     part, block = pid % ROW_PARTS, pid // ROW_PARTS
-    num_exact = first_exact + M - last_exact
-    num_heads = tl.num_programs(0) // ROW_PARTS // M
-    if block < num_heads * num_exact:
-        head = block // num_exact
-        m = block % num_exact
-        m = tl.where(m < first_exact, m, last_exact + m - first_exact)
-    else:
-        block -= num_heads * num_exact
-        head = block // (M - num_exact)
-        m = first_exact + block % (M - num_exact)
-    head = head.to(tl.int64)
+    head, m = query_block(block, tl.num_programs(0) // ROW_PARTS // M, M, first_exact, last_exact)
     row = head * M + m
     b, h = head // H, head % H
     g, kv_head = h // GROUP, b * (H // GROUP) + h // GROUP

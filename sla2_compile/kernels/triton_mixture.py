@@ -29,6 +29,7 @@ from sla2_compile.kernels.tensor_rows import matrix_shape
 from sla2_compile.kernels.triton_backward_loads import (
     in_elements,
     load_tile,
+    query_block,
     scores_in_float32,
     store_tile,
     token_of,
@@ -106,17 +107,7 @@ def _attention_kernel(
     DROP: tl.constexpr = v_codes_ptr is not None and k_codes_ptr is None
     pid = tl.program_id(0)
     part, block = pid % ROW_PARTS, pid // ROW_PARTS
-    num_exact = first_exact + M - last_exact
-    num_heads = tl.num_programs(0) // ROW_PARTS // M
-    if block < num_heads * num_exact:
-        head = block // num_exact
-        m = block % num_exact
-        m = tl.where(m < first_exact, m, last_exact + m - first_exact)
-    else:
-        block -= num_heads * num_exact
-        head = block // (M - num_exact)
-        m = first_exact + block % (M - num_exact)
-    head = head.to(tl.int64)
+    head, m = query_block(block, tl.num_programs(0) // ROW_PARTS // M, M, first_exact, last_exact)
     b, h = head // H, head % H
     g, kv_head = h // GROUP, b * (H // GROUP) + h // GROUP
     k_row, k_column, v_row, v_column = 0, 0, 0, 0
