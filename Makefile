@@ -50,7 +50,7 @@ test-all: lint ## the same with the slow tests
 kernels-offline: $(VENV)/dev.stamp ## compile all kernels for six GPUs without one (about half an hour; ARGS=--quick: two minutes)
 	$(COMPILE_OFFLINE) $(ARGS)
 
-coverage: $(VENV)/dev.stamp ## check some 130 models of other libraries and write docs/coverage.md (about fifteen minutes)
+coverage: $(VENV)/dev.stamp ## check some 130 models of other libraries and write docs/coverage.md (about ten minutes)
 	PYTHONPATH=tests $(BIN)/python tests/families/write_page.py
 
 lint: $(VENV)/dev.stamp ## ruff and mypy
