@@ -31,10 +31,6 @@ class AttentionInputs:
         """Whether a query block without exact tokens leaves any key block out."""
         return self.kept.shape[3] - 1 < self.statistics.n.shape[1]
 
-    @property
-    def is_low_bit(self) -> bool:
-        return self.codes.k is not None or self.codes.v is not None
-
 
 @dataclass(frozen=True)
 class Outputs:

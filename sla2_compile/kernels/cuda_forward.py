@@ -7,6 +7,7 @@ low-bit formats the codes of k and v.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from sla2_compile.kernels.settings import Settings, empty_output, empty_saved
 from sla2_compile.kernels.triton_linear_state import linear_states
 from sla2_compile.kernels.triton_low_bit import low_bit_codes
 from sla2_compile.kernels.triton_mixture import attention, attention_config
-from sla2_compile.kernels.triton_router import route
+from sla2_compile.kernels.triton_router import Choice, route
 from sla2_compile.kernels.triton_statistics import block_statistics
 from sla2_compile.kernels.triton_token_order import visiting_order
 
@@ -47,15 +48,15 @@ def forward(
     if q.numel() == 0 or k.shape[2] == 0:
         return out.zero_(), sparse_out.zero_(), sparse_lse.zero_(), tail_lse.zero_(), kept.zero_()
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
-        inputs = _prepare(q, k, v, attn_mask, proj_q, proj_k, alpha_logit, alpha_gain, kept, settings)
+        inputs = prepare(q, k, v, attn_mask, proj_q, proj_k, alpha_logit, alpha_gain, kept, settings, route)
         outputs = Outputs(out, sparse_out if save_sparse_out else None, sparse_lse, tail_lse)
         if not gluon_attention.attend(outputs, inputs, settings):
-            config = attention_config(padded_dim(q.shape[3]), q.element_size(), q.device, low_bit=inputs.is_low_bit)
+            config = attention_config(padded_dim(q.shape[3]), q.element_size(), q.device, low_bit=settings.is_low_bit)
             attention(outputs, inputs, settings, config)
     return out, sparse_out, sparse_lse, tail_lse, kept
 
 
-def _prepare(
+def prepare(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -66,8 +67,9 @@ def _prepare(
     alpha_gain: Tensor | None,
     kept: Tensor,
     settings: Settings,
+    route: Callable[..., Choice],
 ) -> AttentionInputs:
-    """Everything that the attention kernels read; writes `kept`."""
+    """Everything that the attention kernels read; `route`, the router's, writes `kept`."""
     # Only tensors no model makes have another stride along D than 1.
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     kv_len = k.shape[2]

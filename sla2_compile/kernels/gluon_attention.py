@@ -30,7 +30,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from sla2_compile.kernels.attention_stage import AttentionInputs, Outputs
 from sla2_compile.kernels.gluon_fetch import fetch, query_block
 from sla2_compile.kernels.gluon_stream import (
+    INTEGER_FLOAT,
     MEAN_BIAS,
+    TOP_CODE,
     finish,
     left_operand,
     out_layout,
@@ -52,8 +54,6 @@ LN_2 = gl.constexpr(0.6931471805599453)
 LOG2_SMALLEST = gl.constexpr(-149.0)
 # As in reference.py: a row of the linear tail whose weights sum to less has none.
 MIN_LINEAR_WEIGHT = gl.constexpr(1e-30)
-# To round to integers: float32's numbers around 1.5 * 2^23 are those.
-TO_INTEGER = gl.constexpr(12582912.0)
 
 
 @gluon.jit
@@ -78,7 +78,7 @@ def _to_codes(q, scale, dtype: gl.constexpr):
         return pack_fp8(x)
     else:
         # Around 1.5 * 2^23 float32's numbers are the integers, and its last byte is theirs.
-        x = gl.minimum(gl.maximum(x, -127.0), 127.0) + TO_INTEGER
+        x = gl.minimum(gl.maximum(x, -127.0), 127.0) + INTEGER_FLOAT
         return gl.inline_asm_elementwise(
             """{
             .reg .b32 low, high;
@@ -216,8 +216,8 @@ def _consume(
         )  # fmt: skip
         acc, step = finish(acc, token, held, v_smem, v_empty, step)
         if FP8_VALUES:
-            acc = acc * gl.convert_layout(v_scale * (1 / 256), gl.SliceLayout(0, kept_layout))[None, :]
-            total = total * (1 / 256)
+            acc = acc * gl.convert_layout(v_scale * (1 / TOP_CODE), gl.SliceLayout(0, kept_layout))[None, :]
+            total = total * (1 / TOP_CODE)
         acc = gl.convert_layout(acc, o_layout)
         total = gl.convert_layout(total, row_layout)
         peak = gl.convert_layout(peak, row_layout)

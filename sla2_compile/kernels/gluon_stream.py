@@ -7,19 +7,23 @@ busy for 512 cycles in 16 bit, and the two groups of a program take turns on the
 
 from __future__ import annotations
 
+import math
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+
+from sla2_compile.quant import formats
 
 ROWS = gl.constexpr(64)
 KEYS = gl.constexpr(64)
 # A mean stands for 64 keys: in base 2 its score is 6 higher.
 MEAN_BIAS = gl.constexpr(6.0)
-# The largest probability of a row, rounded up to a power of two, becomes this code.
-LOG2_TOP_CODE = gl.constexpr(8.0)
-# Adding it turns an integer below 2^22 into a float's last bits.
-INTEGER_BITS = gl.constexpr(0x4B400000)
+TOP_CODE = gl.constexpr(formats.TOP_CODE)
+LOG2_TOP_CODE = gl.constexpr(math.log2(formats.TOP_CODE))
+# 1.5 * 2^23, around which float32's numbers are the integers; added as bits it makes one of an integer below 2^22.
 INTEGER_FLOAT = gl.constexpr(12582912.0)
+INTEGER_BITS = gl.constexpr(0x4B400000)
 
 
 @gluon.constexpr_function

@@ -17,18 +17,14 @@ from torch import Tensor
 from torch.library import wrap_triton
 from triton.runtime.jit import JITFunction
 
-from sla2_compile.kernels import triton_linear_state, triton_mixture, triton_router, triton_statistics
-from sla2_compile.kernels.attention_stage import AttentionInputs, Outputs
+from sla2_compile.kernels import cuda_forward, triton_mixture, triton_router
+from sla2_compile.kernels.attention_stage import Outputs
 from sla2_compile.kernels.blocked_routing import kept_block_mask, route_means
 from sla2_compile.kernels.blocks import num_blocks
-from sla2_compile.kernels.hardware import shared_memory
 from sla2_compile.kernels.launch_arguments import padded_dim
 from sla2_compile.kernels.settings import Settings, empty_output, empty_saved
-from sla2_compile.kernels.triton_low_bit import Codes
 from sla2_compile.kernels.triton_mixture import attention_config
 from sla2_compile.kernels.triton_router import Choice
-from sla2_compile.kernels.triton_statistics import Statistics
-from sla2_compile.kernels.triton_token_order import visiting_order
 
 Launcher = TypeVar("Launcher")
 
@@ -52,31 +48,16 @@ def forward(
     Raises:
         NotImplementedError: low-bit formats, or a scale that is not positive.
     """
-    if settings.qk_format is not None or settings.pv_format is not None:
+    if settings.is_low_bit:
         raise NotImplementedError("qk_format, pv_format: expected None in a CUDA package, got a low-bit format")
     if settings.scale <= 0:
         raise NotImplementedError(f"scale: expected a positive number in a CUDA package, got {settings.scale}")
-    q_len, kv_len = q.shape[2], k.shape[2]
-    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     out = empty_output(q)
     sparse_lse, tail_lse, kept = empty_saved(q, k, settings)
-    order = traceable(visiting_order)(settings, kv_len, q.device)
-    real = None if attn_mask is None else attn_mask.expand(q.shape[0], 1, 1, kv_len).flatten(1).contiguous()
-    has_tail = kept.shape[3] - 1 < num_blocks(kv_len, settings.block_k)
-    statistics = traceable(triton_statistics.block_statistics)(
-        q, k, v, real, order, settings, needs_v_bar=has_tail and settings.tail == "pooled", smooth_k_bar=False
+    route = traceable(triton_router.route) if ROUTER_IS_TRACEABLE else _route
+    inputs = traceable(cuda_forward.prepare)(
+        q, k, v, attn_mask, proj_q, proj_k, alpha_logit, alpha_gain, kept, settings, route
     )
-    kept, choice = _route(statistics, proj_q, proj_k, kept, q_len, kv_len, settings, masked=real is not None)
-    states = None
-    if has_tail and settings.tail == "linear":
-        assert statistics.center is not None
-        states = traceable(triton_linear_state.linear_states)(
-            k, v, choice.bits, statistics.n, statistics.center, real, order, settings, shared_memory(q.device)
-        )
-    inputs = AttentionInputs(
-        q, k, v, kept, choice.bits, choice.num_nonempty, statistics, Codes(None, None, None, None, None), states,
-        alpha_logit, alpha_gain, real, order,
-    )  # fmt: skip
     config = attention_config(padded_dim(q.shape[3]), q.element_size(), q.device, low_bit=False)
     traceable(triton_mixture.attention)(
         Outputs(out, None, sparse_lse, tail_lse), inputs, settings, dataclasses.replace(config, copy_engine=False)
@@ -85,7 +66,9 @@ def forward(
 
 
 def _route(
-    statistics: Statistics,
+    q_bar: Tensor,
+    k_bar: Tensor,
+    n: Tensor,
     proj_q: Tensor | None,
     proj_k: Tensor | None,
     kept: Tensor,
@@ -94,16 +77,11 @@ def _route(
     settings: Settings,
     *,
     masked: bool,
-) -> tuple[Tensor, Choice]:
-    """The kept key blocks as `empty_saved` describes them, and what else the router knows of them."""
-    means = (statistics.q_mean, statistics.k_mean, statistics.n)
-    if ROUTER_IS_TRACEABLE:
-        return kept, traceable(triton_router.route)(
-            *means, proj_q, proj_k, kept, q_len, kv_len, settings, masked=masked
-        )
-    kept = route_means(*means, proj_q, proj_k, q_len, kv_len, settings)
-    num_nonempty = (statistics.n > 0).sum(1).int() if masked else None
-    return kept, Choice(_pack_bits(kept_block_mask(kept, num_blocks(kv_len, settings.block_k))), num_nonempty)
+) -> Choice:
+    """`triton_router.route` in ATen."""
+    kept.copy_(route_means(q_bar, k_bar, n, proj_q, proj_k, q_len, kv_len, settings))
+    num_nonempty = (n > 0).sum(1).int() if masked else None
+    return Choice(_pack_bits(kept_block_mask(kept, num_blocks(kv_len, settings.block_k))), num_nonempty)
 
 
 def _pack_bits(mask: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ class Settings:
     @property
     def only_rounds(self) -> bool:
         """Whether formats are to be rounded to, and not to be run by the device's low-bit kernels."""
-        return self.fake_quant and (self.qk_format is not None or self.pv_format is not None)
+        return self.fake_quant and self.is_low_bit
 
     @property
     def smooths_keys(self) -> bool:

@@ -37,6 +37,7 @@ from sla2_compile.kernels.triton_backward_loads import (
 from sla2_compile.kernels.triton_low_bit import to_codes
 from sla2_compile.kernels.triton_mixture_steps import (
     LOG2_E,
+    TOP_CODE,
     add_linear_tail,
     kept_step,
     rows_times,
@@ -44,7 +45,6 @@ from sla2_compile.kernels.triton_mixture_steps import (
 )
 
 LN_2 = tl.constexpr(0.6931471805599453)
-TOP_CODE = tl.constexpr(256.0)
 LOG2_SMALLEST = tl.constexpr(-149.0)  # of float32's numbers above 0
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
 
 from sla2_compile.kernels.triton_backward_feature_map import to_finite
 from sla2_compile.kernels.triton_backward_loads import is_real, load_tile, scores_in_float32, token_of
 from sla2_compile.kernels.triton_low_bit import in_stored_order
+from sla2_compile.quant import formats
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 # As in reference.py: a row of the linear tail whose weights sum to less has none.
 MIN_LINEAR_WEIGHT = tl.constexpr(1e-30)
-# log2 of the code that the largest probability of a row becomes, rounded up to a power of two.
-LOG2_TOP_CODE = tl.constexpr(8.0)
+TOP_CODE = tl.constexpr(formats.TOP_CODE)
+LOG2_TOP_CODE = tl.constexpr(math.log2(formats.TOP_CODE))
 
 
 @triton.jit
