@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import copy
-import os
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from learned_models import randomize
 from small_models import SMALL, Blocks, tokens
 from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from two_ranks import run_as_rank
 
 from sla2_compile import load_state, prepare, save_state
 from sla2_compile.backend import build_backend
@@ -40,9 +38,7 @@ def train(model: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, to
     return out.detach(), {name: value.detach() for name, value in whole.items()}
 
 
-def main(rank: int, store: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    mesh = init_device_mesh("cpu", (2,))
+def main(mesh: DeviceMesh, store: str) -> None:
     torch.manual_seed(0)
     x = tokens(64)
     model = prepare(Blocks(), x, config=SMALL)
@@ -57,7 +53,7 @@ def main(rank: int, store: str) -> None:
     assert all(isinstance(value, DTensor) for value in state.values())
 
     save_state(sharded, f"{store}.sharded")
-    if rank == 0:
+    if mesh.get_rank() == 0:
         save_state(model, f"{store}.whole")
         assert Path(f"{store}.sharded").read_bytes() == Path(f"{store}.whole").read_bytes()
         with pytest.raises(ValueError, match="expected one that is not sharded yet"):
@@ -72,9 +68,7 @@ def main(rank: int, store: str) -> None:
         if name in state:
             # The router is frozen, the mixing learns.
             assert torch.equal(value, before[name]) == name.endswith(("proj_q", "proj_k")), name
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    main(int(sys.argv[1]), sys.argv[2])
+    run_as_rank(main)

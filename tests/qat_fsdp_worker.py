@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import copy
-import os
-import sys
 
 import torch
-import torch.distributed as dist
 from learned_models import compile_aot, parameters, randomize
 from small_models import SMALL, WIDTH, Blocks, tokens
 from torch._dynamo.backends.debugging import aot_eager
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torchao.quantization import quantize_
+from two_ranks import NUM_RANKS, run_as_rank
 
 from sla2_compile import prepare
 from sla2_compile.backend import build_backend
 from sla2_compile.quant import SLA2QATConfig, is_attention_site
 
-NUM_STEPS, NUM_RANKS = 3, 2
+NUM_STEPS = 3
 
 
 def batch(step: int, rank: int) -> torch.Tensor:
@@ -55,14 +53,10 @@ def train_side_by_side(mesh: DeviceMesh, *, compile_blocks: bool) -> None:
     assert not torch.equal(parameters(whole.blocks[0]).alpha_logit, before)
 
 
-def main(rank: int, store: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=NUM_RANKS)
-    mesh = init_device_mesh("cpu", (NUM_RANKS,))
+def main(mesh: DeviceMesh, _store: str) -> None:
     for compile_blocks in (True, False):
         train_side_by_side(mesh, compile_blocks=compile_blocks)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    main(int(sys.argv[1]), sys.argv[2])
+    run_as_rank(main)

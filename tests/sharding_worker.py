@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import sys
-
 import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from two_ranks import run_as_rank
 
 import sla2_compile
 
 CONFIG = sla2_compile.SLA2Config(sparsity=0.5, block_q=16, block_k=16)
 
 
-def main(rank: int, store: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    mesh = init_device_mesh("cpu", (2,))
+def main(mesh: DeviceMesh, _store: str) -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, heads, 50, 16, dtype=torch.float64) for heads in (4, 2, 2))
     grad, logit = torch.randn_like(q), torch.randn(4, 3, dtype=torch.float64)
@@ -43,9 +38,7 @@ def main(rank: int, store: str) -> None:
             assert results[0].placements == (part,), results[0].placements
         for result, whole in zip(results, expected, strict=True):
             torch.testing.assert_close(result.full_tensor(), whole)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    main(int(sys.argv[1]), sys.argv[2])
+    run_as_rank(main)

@@ -10,10 +10,10 @@ import pytest
 import torch
 from learned_models import compile_aot, parameters, randomize, with_learned_reference
 from small_models import SMALL, SMALL_OPTIONS, Attention, Blocks, tokens
-from test_sharding import run_in_two_processes
 from tolerances import LOW_BIT_GRADIENT, relative_error
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from two_ranks import run_in_two_processes
 
 from sla2_compile import prepare
 from sla2_compile.config import SLA2Config

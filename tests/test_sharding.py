@@ -2,20 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
-
-def run_in_two_processes(worker: str, folder: Path) -> None:
-    """Run a script of this folder as ranks 0 and 1."""
-    command = [sys.executable, str(Path(__file__).with_name(worker))]
-    processes = [
-        subprocess.Popen([*command, str(rank), str(folder / "store")], stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=100)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+from two_ranks import run_in_two_processes
 
 
 def test_sharded_over_batch_or_heads_it_gives_the_whole_result_and_its_gradients(tmp_path: Path) -> None:
