@@ -198,8 +198,9 @@ def _optimizer(learned: Sequence[LearnedParameters], lr: float) -> torch.optim.O
     mixing = [x for each in learned for x in (each.alpha_logit, each.alpha_gain)]
     for parameter in router:
         parameter.requires_grad_()
-    groups = [{"params": x, "lr": rate, "initial_lr": rate} for x, rate in ((router, lr), (mixing, lr * ALPHA_LR_RATIO))]
-    return torch.optim.Adam(groups, fused=router[0].is_cuda)
+    groups = [(router, lr), (mixing, lr * ALPHA_LR_RATIO)]
+    options = [{"params": params, "lr": rate, "initial_lr": rate} for params, rate in groups]
+    return torch.optim.Adam(options, fused=router[0].is_cuda)
 
 
 def _share_among_blocks(logit: Tensor) -> None:
