@@ -119,6 +119,14 @@ class Context:
         if self.device == "cuda":
             torch.cuda.synchronize()
 
+    def device_works(self) -> bool:
+        """Whether this process can still use the device: after some errors, none of its kernels runs any more."""
+        try:
+            self.synchronize()
+        except RuntimeError:
+            return False
+        return True
+
     def low_bit(self) -> LowBit:
         """The paper's formats: the device's kernels, or rounding where it has none."""
         device = torch.device(self.device)

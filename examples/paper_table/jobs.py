@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from examples.paper_table.context import Context
-from examples.paper_table.rows import DEFAULT, SPARSITIES, Form, Row
+from examples.paper_table.rows import DEFAULT, Form, Row, all_rows
 from examples.paper_table.training import Plan, train
 from examples.paper_table.variants import put_variant
 from examples.video_dit.compiling import compile_blocks
@@ -84,7 +84,7 @@ class TeacherStage:
 
 @dataclass(frozen=True)
 class Stage1:
-    """Learn router and mixing of one form, at all sparsities, on the teacher."""
+    """Learn router and mixing of one form on the teacher, at the sparsities that rows have."""
 
     form: Form
 
@@ -99,7 +99,9 @@ class Stage1:
     def run(self, context: Context) -> dict[str, Any]:
         preset = context.preset
         model = copy.deepcopy(context.teacher)
-        options = Row("sla2", SPARSITIES[0], self.form).options(preset)
+        rows = [row for row in all_rows() if row.kind == "sla2" and row.trained and row.form == self.form]
+        sparsities = sorted({row.sparsity for row in rows})
+        options = Row("sla2", sparsities[0], self.form).options(preset)
         batches = []
         for i in range(preset.calibration_batches):
             clips = context.maker.make(STAGE_1_SEED + i, 1)
@@ -108,7 +110,7 @@ class Stage1:
         tail, mixing = self.form
         with autocast(context.device):
             report = calibrate(
-                model, batches, sparsity=SPARSITIES, config=SLA2Config.from_options(options), tails=(tail,),
+                model, batches, sparsity=sparsities, config=SLA2Config.from_options(options), tails=(tail,),
                 mixings=(mixing,), steps=preset.calibration_steps, store="device", progress=False,
             )  # fmt: skip
         for _, owner in prepared_owners(model):
