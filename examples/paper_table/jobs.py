@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from examples.paper_table.context import Context
+from examples.paper_table.pictures import SHOWN_ROWS
 from examples.paper_table.rows import DEFAULT, Form, Row, all_rows
 from examples.paper_table.training import Plan, train
 from examples.paper_table.variants import put_variant
@@ -180,7 +181,7 @@ class RowJob:
             set_formats(model, context.low_bit())
             compile_blocks(model, options, preset.compiler)
             result["quantised_afterwards"], _ = context.measure(model)
-        if self.seed == 0:
+        if self.name in SHOWN_ROWS:
             save_frames(video[:NUM_SHOWN], context.storage.results / f"{self.name}.png")
         return result
 
