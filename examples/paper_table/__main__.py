@@ -92,7 +92,8 @@ def main(arguments: list[str] | None = None) -> int:
         update_bundle()
         if failed:
             print(f"failed: {', '.join(failed)}")
-            return 1
+            # 2: another process may have more luck.
+            return 1 if context.device_works() else 2
     return 0
 
 
