@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ pytest.importorskip("sklearn")
 
 from examples.paper_table import __main__ as command
 from examples.paper_table.context import Context
-from examples.paper_table.jobs import SERVED, RowJob, Stage1, TeacherStage
+from examples.paper_table.jobs import SERVED, RowJob, Stage1, TeacherStage, serve_in_new_process
 from examples.paper_table.measures import feature_distance, kernel_distance, psnr, ssim
 from examples.paper_table.presets import FULL, REHEARSAL, TINY
 from examples.paper_table.report import page, verdict
@@ -28,6 +29,7 @@ from examples.paper_table.storage import SHARD_BYTES, Storage
 from examples.paper_table.training import OutOfTimeError, Plan, train
 from examples.paper_table.variants import SLA, SparseOnly
 from examples.video_dit.compiling import compile_blocks
+from examples.video_dit.flow import later, training_batch
 from examples.video_dit.frames import save_frames
 from examples.video_dit.model import VideoDiT
 from sla2_compile.config import SLA2Config
@@ -189,6 +191,18 @@ def test_frames_are_a_picture_that_others_can_read(tmp_path: Path) -> None:
     assert image.getpixel((6 + 3, 4 + 2)) == (red, green, blue)
 
 
+def test_shifted_times_keep_the_ends_and_are_nearer_to_the_noise_between(root: Path) -> None:
+    times = torch.linspace(0, 1, 9)
+    assert torch.equal(later(times, 1.0), times)
+    assert (later(times, 3.0)[1:-1] > times[1:-1]).all()
+    assert later(times, 3.0)[[0, 4, -1]].tolist() == [0, 0.75, 1]
+    clips = context(root).maker.make(0, 4)
+    (x, t, target), (shifted_x, shifted_t, shifted_target) = training_batch(clips, 5), training_batch(clips, 5, 3.0)
+    torch.testing.assert_close(shifted_t, later(t, 3.0))
+    assert torch.equal(target, shifted_target)
+    assert (shifted_x - clips.video).norm() > (x - clips.video).norm()
+
+
 # Pieces
 
 
@@ -197,7 +211,7 @@ def trained(root: Path, stops: list[int | None]) -> tuple[dict[str, Tensor], lis
     checkpoint = shared.storage.unfinished / "test.pt"
     for stop in stops:
         model, _ = RowJob(Row("full")).build(shared)
-        plan = Plan(6, 1, lambda step: 1e-3 / (step + 1), 7, checkpoint, math.inf, stop_after=stop)
+        plan = Plan(6, 1, lambda step: 1e-3 / (step + 1), 7, 3.0, checkpoint, math.inf, stop_after=stop)
         try:
             result = train(model, shared.maker, plan)
         except OutOfTimeError:
@@ -355,6 +369,17 @@ def test_a_job_is_expected_to_take_as_long_as_the_longest_of_its_kind(tmp_path: 
     assert expected_seconds(stage, storage, TINY) == 7
     assert expected_seconds(RowJob(Row("full")), storage, TINY) == 100
     assert expected_seconds(RowJob(Row("full", trained=False)), storage, TINY) == TINY.job_seconds
+
+
+def test_a_model_that_another_process_cannot_serve_does_not_take_its_row_along(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = context(root)
+    model, options = RowJob(Row("sla2", 0.97, PAPER, "learned")).build(shared)
+    assert options is not None
+    compile_blocks(model, options, "aot_eager")
+    monkeypatch.setattr(sys, "executable", "false")
+    assert serve_in_new_process(model, options, shared)["same_bits"] is False
 
 
 def test_the_plan_counts_what_is_done(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -91,7 +91,7 @@ class Context:
         for i, label in enumerate(self.labels.split(16)):
             noise = noise_like(torch.empty(len(label), frames, 3, height, width, device=self.device), i)
             with autocast(self.device):
-                made.append(sample(model, noise, label, self.preset.sampler_steps))
+                made.append(sample(model, noise, label, self.preset.sampler_steps, self.preset.shift))
         return torch.cat(made)
 
     def measure(self, model: VideoDiT) -> tuple[dict[str, float], Tensor]:

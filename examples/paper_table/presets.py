@@ -24,6 +24,7 @@ class Preset:
         steps: fine-tuning steps of every row.
         lr: peak learning rate of fine-tuning.
         batch: clips of a step.
+        shift: of the times in training and sampling; see `flow.later`.
         calibration_batches, calibration_steps: of stage 1.
         num_samples: clips that a row makes; all are compared with the teacher's of the same noise.
         sampler_steps: of the sampler.
@@ -43,6 +44,7 @@ class Preset:
     steps: int
     lr: float
     batch: int
+    shift: float
     calibration_batches: int
     calibration_steps: int
     num_samples: int
@@ -73,6 +75,7 @@ FULL = Preset(
     steps=200,
     lr=1e-4,
     batch=8,
+    shift=3.0,
     calibration_batches=48,
     calibration_steps=200,
     num_samples=96,
@@ -110,6 +113,7 @@ TINY = Preset(
     steps=2,
     lr=1e-4,
     batch=1,
+    shift=3.0,
     calibration_batches=2,
     calibration_steps=4,
     num_samples=3,
