@@ -224,6 +224,7 @@ CASES = {
     "pooled row, a logit per head": Case(shared=True),
     "pooled block": Case(mixing="block"),
     "linear block": Case(tail="linear", mixing="block", key_offset=1.0),
+    "linear block, a logit per head": Case(tail="linear", mixing="block", shared=True),
     "linear row": Case(tail="linear", key_offset=1.0),
     "linear elu": Case(tail="linear", feature_map="elu"),
     "linear relu, nothing learned": Case(tail="linear", feature_map="relu", mixing="block", learned=False),
