@@ -44,9 +44,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     collect = commands.add_parser("collect", parents=[common], help="take in a bundle")
     collect.add_argument("folder", type=Path)
     report = commands.add_parser("report", parents=[common], help="write the page and its pictures")
-    report.add_argument(
-        "--docs", type=Path, help="folder of the page (default: docs; of other sizes, that of its work)"
-    )
+    report.add_argument("--docs", type=Path, help="folder of the page (default: docs; for other sizes, their work)")
     return parser.parse_args(arguments)
 
 
@@ -77,9 +75,8 @@ def main(arguments: list[str] | None = None) -> int:
     elif args.command == "report":
         from examples.paper_table.report import write_report
 
-        print(
-            write_report(preset, storage, args.docs or (HERE.parents[1] / "docs" if preset is FULL else storage.work))
-        )
+        docs = HERE.parents[1] / "docs" if preset is FULL else storage.work
+        print(write_report(preset, storage, args.docs or docs))
     else:
         torch.set_float32_matmul_precision("high")
         context = Context(preset, storage, args.device, start + args.budget_seconds)

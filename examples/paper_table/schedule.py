@@ -75,9 +75,9 @@ def run_jobs(context: Context, patterns: tuple[str, ...], on_result: Callable[[]
     while True:
         has_run = is_shared = is_blocked = False
         for job in pending(preset, storage, patterns):
-            expected = expected_seconds(job, storage, preset)
             if job.name in failed:
                 continue
+            expected = expected_seconds(job, storage, preset)
             if context.deadline - time.monotonic() < expected:
                 tell(f"{job.name}: too few seconds are left to begin what takes about {expected:.0f}")
                 continue
