@@ -119,11 +119,12 @@ def main() -> None:
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.95])
     parser.add_argument("--forms", choices=("all", "default"), default="all", help="tails and mixings to compare")
     parser.add_argument("--memory-gib", type=float, default=32.0, help="bound of the captured samples (default: 32)")
-    parser.add_argument("--store", choices=("host", "device"), default="host", help="where samples wait")
+    parser.add_argument("--store", choices=("host", "device"), help="where samples wait (default: device for cuda)")
     parser.add_argument("--save", action="store_true", help="write the figures to results/calibration.json")
     args = parser.parse_args()
 
     device = torch.device(args.device)
+    args.store = args.store or ("device" if device.type == "cuda" else "host")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(0)
     width = args.heads * args.head_dim

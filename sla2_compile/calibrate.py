@@ -226,6 +226,8 @@ def _calibrate_site(
     learners = [new_learner(entry, train[0], size.device) for entry in entries]
     with _bar(progress, settings.steps, "steps", leave=False) as bar:
         train_site(learners, train, settings, generator, size.device, bar.update)
+    # Once, and not for every form that is measured.
+    test = [sample.to(size.device) for sample in test]
     results, best = [], []
     for units in levels:
         start = Entry(units, "pooled", "row")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -88,26 +88,25 @@ def train_site(
     usable = [sample for sample in blocked if len(sample.routed) > 0 and sample.num_choosable > 0]
     if not usable:
         return
-    optimizers = [_optimizer(learner.parameters, settings.lr) for learner in learners]
+    optimizer = _optimizer([learner.parameters for learner in learners], settings.lr)
     with_linear_tail = any(learner.entry.tail == "linear" for learner in learners)
     power = _mean_power(usable, generator)
+    plan = _plan(usable, settings, generator, device)
     num_mixing_steps = int(settings.steps * MIXING_STEPS_RATIO)
     phases = (num_mixing_steps, settings.steps - 2 * num_mixing_steps, num_mixing_steps)
     for phase, num_steps in enumerate(phases):
         for i in range(num_steps):
-            sample = usable[_draw(len(usable), 1, generator)[0]]
-            picked = _draw(len(sample.routed), min(settings.num_query_blocks, len(sample.routed)), generator)
-            rows = torch.tensor([sample.routed[j] for j in picked], device=device)
+            sample, rows = next(plan)
             step = take_step(sample, rows, with_linear_tail=with_linear_tail)
-            for learner, optimizer in zip(learners, optimizers, strict=True):
-                for group in optimizer.param_groups:
-                    group["lr"] = group["initial_lr"] * (1 - i / num_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * (1 - i / num_steps)
+            optimizer.zero_grad(set_to_none=True)
+            for learner in learners:
                 loss = _loss(step, learner, settings.tau, is_hard=phase != ROUTER_PHASE) / power
-                optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 _share_among_blocks(learner.parameters.alpha_logit)
-                optimizer.step()
                 learner.losses.append(loss.detach())
+            optimizer.step()
             on_step()
         if phase < ROUTER_PHASE:
             for learner in learners:
@@ -175,12 +174,33 @@ def _draw(upper: int, count: int, generator: torch.Generator) -> list[int]:
     return torch.randperm(upper, generator=generator)[:count].tolist()
 
 
-def _optimizer(parameters: LearnedParameters, lr: float) -> torch.optim.Optimizer:
-    router, mixing = [parameters.proj_q, parameters.proj_k], [parameters.alpha_logit, parameters.alpha_gain]
+def _plan(
+    samples: Sequence[BlockedSample], settings: TrainingSettings, generator: torch.Generator, device: torch.device
+) -> Iterator[tuple[BlockedSample, Tensor]]:
+    """The sample and the query blocks of every step.
+
+    Drawn ahead and copied at once: a copy in every step would make the host wait until the device has caught up.
+    """
+    chosen: list[BlockedSample] = []
+    picked: list[list[int]] = []
+    for _ in range(settings.steps):
+        sample = samples[_draw(len(samples), 1, generator)[0]]
+        chosen.append(sample)
+        count = min(settings.num_query_blocks, len(sample.routed))
+        picked.append([sample.routed[j] for j in _draw(len(sample.routed), count, generator)])
+    rows = torch.tensor([row for each in picked for row in each], device=device).split([len(each) for each in picked])
+    return zip(chosen, rows, strict=True)
+
+
+def _optimizer(learned: Sequence[LearnedParameters], lr: float) -> torch.optim.Optimizer:
+    """One for all: a step of it is few launches."""
+    router = [x for each in learned for x in (each.proj_q, each.proj_k)]
+    mixing = [x for each in learned for x in (each.alpha_logit, each.alpha_gain)]
     for parameter in router:
         parameter.requires_grad_()
     groups = [(router, lr), (mixing, lr * ALPHA_LR_RATIO)]
-    return torch.optim.Adam([{"params": list(params), "lr": rate, "initial_lr": rate} for params, rate in groups])
+    options = [{"params": params, "lr": rate, "initial_lr": rate} for params, rate in groups]
+    return torch.optim.Adam(options, fused=router[0].is_cuda)
 
 
 def _share_among_blocks(logit: Tensor) -> None:

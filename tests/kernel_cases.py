@@ -42,6 +42,7 @@ class Case:
     exact_suffix: int = 0
     masked: bool = False
     learned: bool = True
+    shared: bool = False  # the learned logit is one per head, expanded to the query blocks; gains lie apart in memory
     router: bool = False  # a learned one
     popular: bool = False  # every query likes the same few keys
     equal: bool = False  # all keys and queries are the same: every score of the router is a tie
@@ -132,6 +133,9 @@ def problem(case: Case, device: str = "cpu", seed: int = 0) -> Problem:
         logit = torch.randn(case.heads, num_blocks(case.q_len, case.block_q), generator=generator).to(device)
         if case.mixing == "row":
             gain = (torch.rand(case.heads, generator=generator) + 0.5).to(device)
+        if case.shared:
+            logit = logit[:, :1].expand_as(logit)
+            gain = None if gain is None else torch.stack([gain, torch.full_like(gain, torch.nan)], 1)[:, 0]
     router = None
     if case.router:
         router = tuple(torch.randn(case.dim, case.dim, generator=generator).to(device) for _ in range(2))
@@ -217,8 +221,10 @@ DEFAULT = Case()
 CASES = {
     "pooled row": DEFAULT,
     "pooled row, nothing learned": Case(learned=False),
+    "pooled row, a logit per head": Case(shared=True),
     "pooled block": Case(mixing="block"),
     "linear block": Case(tail="linear", mixing="block", key_offset=1.0),
+    "linear block, a logit per head": Case(tail="linear", mixing="block", shared=True),
     "linear row": Case(tail="linear", key_offset=1.0),
     "linear elu": Case(tail="linear", feature_map="elu"),
     "linear relu, nothing learned": Case(tail="linear", feature_map="relu", mixing="block", learned=False),

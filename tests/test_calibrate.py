@@ -88,6 +88,21 @@ def test_the_held_out_error_falls_and_the_models_own_weights_do_not_move() -> No
     assert torch.equal(model(x), plain(x))
 
 
+def test_no_step_copies_from_the_host_which_would_wait_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    make, copies, counts = torch.tensor, [], []
+
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        copies.append(args)
+        return make(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "tensor", counted)
+    for steps in (8, 16):
+        copies.clear()
+        run(sharp(Attention()), steps=steps)
+        counts.append(len(copies))
+    assert counts[0] == counts[1] > 0
+
+
 def test_what_diverged_is_named_and_never_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     train = train_site
 

@@ -116,6 +116,21 @@ def test_a_missing_compiler_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "C++ compiler for 'aoti'" in refusal(OSError, tmp_path / "model.pt2", format="aoti")
 
 
+def test_missing_headers_of_the_cuda_toolkit_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aoti, "device_of", lambda *inputs: torch.device("cuda"))
+    monkeypatch.setattr(aoti, "missing_for_triton", lambda device: None)
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", None)
+    assert "no cuda.h, crt/host_defines.h, nv/target in any toolkit" in refusal(
+        OSError, tmp_path / "model.pt2", format="aoti"
+    )
+    home = tmp_path / "cuda"
+    (home / "include").mkdir(parents=True)
+    (home / "include" / "cuda.h").touch()
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", str(home))
+    message = refusal(OSError, tmp_path / "model.pt2", format="aoti")
+    assert f"no crt/host_defines.h, nv/target in {home / 'include'}" in message
+
+
 def test_bfloat16_is_refused_for_onnx(tmp_path: Path) -> None:
     model, x = Blocks().eval().bfloat16(), tokens(100).bfloat16()
     message = refusal(NotImplementedError, tmp_path / "model.onnx", model, (x,), format="onnx")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,17 @@ pytest.importorskip("sklearn")
 
 from examples.paper_table import __main__ as command
 from examples.paper_table.context import Context
-from examples.paper_table.jobs import SERVED, RowJob, TeacherStage
+from examples.paper_table.jobs import SERVED, RowJob, Stage1, TeacherStage, serve_in_new_process
 from examples.paper_table.measures import feature_distance, kernel_distance, psnr, ssim
-from examples.paper_table.presets import FULL, TINY
+from examples.paper_table.presets import FULL, REHEARSAL, TINY
 from examples.paper_table.report import page, verdict
 from examples.paper_table.rows import DEFAULT, FORMS, PAPER, Row, all_rows
-from examples.paper_table.schedule import all_jobs, expected_seconds
+from examples.paper_table.schedule import all_jobs, expected_seconds, pending, run_jobs
 from examples.paper_table.storage import SHARD_BYTES, Storage
 from examples.paper_table.training import OutOfTimeError, Plan, train
 from examples.paper_table.variants import SLA, SparseOnly
 from examples.video_dit.compiling import compile_blocks
+from examples.video_dit.flow import later, training_batch
 from examples.video_dit.frames import save_frames
 from examples.video_dit.model import VideoDiT
 from sla2_compile.config import SLA2Config
@@ -189,6 +191,18 @@ def test_frames_are_a_picture_that_others_can_read(tmp_path: Path) -> None:
     assert image.getpixel((6 + 3, 4 + 2)) == (red, green, blue)
 
 
+def test_shifted_times_keep_the_ends_and_are_nearer_to_the_noise_between(root: Path) -> None:
+    times = torch.linspace(0, 1, 9)
+    assert torch.equal(later(times, 1.0), times)
+    assert (later(times, 3.0)[1:-1] > times[1:-1]).all()
+    assert later(times, 3.0)[[0, 4, -1]].tolist() == [0, 0.75, 1]
+    clips = context(root).maker.make(0, 4)
+    (x, t, target), (shifted_x, shifted_t, shifted_target) = training_batch(clips, 5), training_batch(clips, 5, 3.0)
+    torch.testing.assert_close(shifted_t, later(t, 3.0))
+    assert torch.equal(target, shifted_target)
+    assert (shifted_x - clips.video).norm() > (x - clips.video).norm()
+
+
 # Pieces
 
 
@@ -197,7 +211,7 @@ def trained(root: Path, stops: list[int | None]) -> tuple[dict[str, Tensor], lis
     checkpoint = shared.storage.unfinished / "test.pt"
     for stop in stops:
         model, _ = RowJob(Row("full")).build(shared)
-        plan = Plan(6, 1, lambda step: 1e-3 / (step + 1), 7, checkpoint, math.inf, stop_after=stop)
+        plan = Plan(6, 1, lambda step: 1e-3 / (step + 1), 7, 3.0, checkpoint, math.inf, stop_after=stop)
         try:
             result = train(model, shared.maker, plan)
         except OutOfTimeError:
@@ -261,8 +275,89 @@ def test_a_job_that_fails_does_not_take_the_others_along(root: Path, monkeypatch
 def test_no_time_begins_no_job_and_says_so(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = ["run", "--tiny", "--root", str(root), "--device", "cpu", "--only", "full-s0", "--budget-seconds", "0"]
     assert command.main(run) == 0
-    assert "too few to begin" in capsys.readouterr().out
+    assert "too few seconds are left to begin" in capsys.readouterr().out
     assert Storage("tiny", root).result("full-s0") is None
+
+
+@pytest.fixture
+def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Context:
+    """A folder of its own, and jobs that do nothing."""
+    for job in (TeacherStage, Stage1, RowJob):
+        monkeypatch.setattr(job, "run", lambda self, shared: {})
+    return context(tmp_path)
+
+
+def test_processes_that_share_a_folder_do_different_jobs(quick: Context) -> None:
+    storage = quick.storage
+    with Storage("tiny", storage.work.parents[1]).claimed("teacher-0") as is_mine:
+        assert is_mine
+        assert storage.others_at_work("teacher-1")
+        assert run_jobs(quick, ("teacher-0",)) == []
+        assert storage.result("teacher-0") is None
+    assert run_jobs(quick, ("teacher-*",)) == []
+    assert {name: result["alone"] for name, result in storage.all_results().items()} == {
+        "teacher-0": True, "teacher-1": True,
+    }  # fmt: skip
+
+
+def test_a_process_waits_for_what_another_is_at_and_it_needs(quick: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, ended = quick.storage, []
+    other = Storage("tiny", storage.work.parents[1]).claimed("teacher-0")
+    other.__enter__()
+
+    def end_it(seconds: float) -> None:
+        storage.write_result("teacher-0", {"seconds": 1})
+        other.__exit__(None, None, None)
+        ended.append(seconds)
+
+    monkeypatch.setattr(time, "sleep", end_it)
+    assert run_jobs(quick, ("*",)) == []
+    assert len(ended) == 1
+    assert set(storage.all_results()) == {job.name for job in all_jobs(TINY)}
+
+
+def test_what_must_come_back_is_whole_after_every_job(quick: Context, tmp_path: Path) -> None:
+    seen, there = [], Storage("tiny", tmp_path / "there")
+
+    def bring_back() -> None:
+        quick.storage.write_weights(f"teacher-{len(seen)}", {"a": torch.ones(2)})
+        quick.storage.write_bundle(tmp_path / "bundle")
+        there.read_bundle(tmp_path / "bundle")
+        seen.append(sorted(there.all_results()))
+        assert [path.name for path in there.work.glob("teacher-*")] == [f"teacher-{len(seen) - 1}.0"]
+
+    assert run_jobs(quick, ("teacher-*",), bring_back) == []
+    assert seen == [["teacher-0"], ["teacher-0", "teacher-1"]]
+
+
+def test_what_failed_is_tried_again_after_all_others(quick: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: TeacherStage, shared: Context) -> dict[str, Any]:
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr(TeacherStage, "run", fail)
+    assert run_jobs(quick, ("teacher-0",)) == ["teacher-0"]
+    *_, last = pending(TINY, quick.storage, ("*",))
+    assert last.name == "teacher-0"
+
+
+def test_after_an_error_that_takes_the_device_along_no_job_begins(
+    quick: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: TeacherStage, shared: Context) -> dict[str, Any]:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(TeacherStage, "run", fail)
+    monkeypatch.setattr(Context, "device_works", lambda self: False)
+    quick.storage.write_result("teacher-1", {"seconds": 1})
+    assert run_jobs(quick, ("*",)) == ["teacher-0"]
+    assert set(quick.storage.all_results()) == {"teacher-1"}
+
+
+def test_a_rehearsal_meets_every_shape_of_the_full_size() -> None:
+    for preset in (FULL, REHEARSAL):
+        assert preset.num_samples % 16 == preset.num_held_out % 16 == 0
+    for name in ("model", "batch", "block_q", "block_k", "compiler"):
+        assert getattr(FULL, name) == getattr(REHEARSAL, name)
 
 
 def test_a_job_is_expected_to_take_as_long_as_the_longest_of_its_kind(tmp_path: Path) -> None:
@@ -273,6 +368,18 @@ def test_a_job_is_expected_to_take_as_long_as_the_longest_of_its_kind(tmp_path: 
         storage.write_result(name, {"seconds": seconds})
     assert expected_seconds(stage, storage, TINY) == 7
     assert expected_seconds(RowJob(Row("full")), storage, TINY) == 100
+    assert expected_seconds(RowJob(Row("full", trained=False)), storage, TINY) == TINY.job_seconds
+
+
+def test_a_model_that_another_process_cannot_serve_does_not_take_its_row_along(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = context(root)
+    model, options = RowJob(Row("sla2", 0.97, PAPER, "learned")).build(shared)
+    assert options is not None
+    compile_blocks(model, options, "aot_eager")
+    monkeypatch.setattr(sys, "executable", "false")
+    assert serve_in_new_process(model, options, shared)["same_bits"] is False
 
 
 def test_the_plan_counts_what_is_done(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -331,6 +438,13 @@ def test_the_page_holds_means_spreads_and_verdicts_and_lists_what_is_missing(tmp
     (better,) = (line for line in text.splitlines() if line.startswith("| SLA2 is better than SLA,"))
     assert better.rstrip(" |").endswith("holds")
     assert "`sparse-95-s0`" in text
+    (cost,) = (line for line in text.splitlines() if line.startswith("| full attention") and "500.0" in line)
+    assert "500.0*" not in cost
+    for seed in range(3):
+        content = storage.result(f"full-s{seed}")
+        assert content is not None
+        storage.write_result(f"full-s{seed}", {**content, "alone": False})
+    assert any("500.0*" in line for line in page(FULL, storage, []).splitlines())
     json.dumps(storage.all_results())
 
 

@@ -28,9 +28,10 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 ALL_CASES = {**CASES, **FORWARD_CASES}
 FAST = {
     "float32": [
-        "pooled block", "linear block", "linear row", "masked", "tiles, masked, linear", "one token", "exact ends",
-        "dense", "learned router, groups", "all scores equal", "huge scores", "no real key", "nothing in the tail",
-        "qk int8, pv fp8, pooled", "qk fp8, pv fp8, masked tiles, linear",
+        "pooled row, a logit per head", "pooled block", "linear block", "linear row", "masked",
+        "tiles, masked, linear", "one token", "exact ends", "dense", "learned router, groups", "all scores equal",
+        "huge scores", "no real key", "nothing in the tail", "qk int8, pv fp8, pooled",
+        "qk fp8, pv fp8, masked tiles, linear",
     ],
     "float16": ["pooled row, nothing learned", "huge scores, linear", "qk int8, pv None, masked tiles, linear"],
 }  # fmt: skip

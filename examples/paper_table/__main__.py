@@ -6,7 +6,8 @@
     python -m examples.paper_table collect DIR                   # take in what a run on another machine brought back
     python -m examples.paper_table report                        # write docs/paper_table.md
 
-`--tiny` does the same in a size that shows that everything runs; its numbers mean nothing.
+`--tiny` does the same in a size that shows that everything runs; its numbers mean nothing. So does `--rehearsal` at the
+full size with a step of everything: it finds what does not run on a machine, and leaves compiled code in the caches.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 
 from examples.paper_table.context import Context
-from examples.paper_table.presets import FULL, TINY, Preset
+from examples.paper_table.presets import FULL, REHEARSAL, TINY, Preset
 from examples.paper_table.schedule import all_jobs, pending, run_jobs
 from examples.paper_table.storage import HERE, Storage
 from examples.video_dit.photographs import gather, pack
@@ -28,7 +29,9 @@ from examples.video_dit.photographs import gather, pack
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--tiny", action="store_true", help="the size for a CPU; its numbers mean nothing")
+    sizes = common.add_mutually_exclusive_group()
+    sizes.add_argument("--tiny", action="store_true", help="the size for a CPU; its numbers mean nothing")
+    sizes.add_argument("--rehearsal", action="store_true", help="one step of everything at the full size; likewise")
     common.add_argument("--root", type=Path, default=HERE, help="folder of results and work (default: this one)")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("pictures", parents=[common], help="pack the photographs and digits into one file")
@@ -36,12 +39,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     run = commands.add_parser("run", parents=[common], help="run jobs that are not done")
     run.add_argument("--budget-seconds", type=float, default=1500, help="stop cleanly after this time (default: 1500)")
     run.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="names of jobs (fnmatch)")
-    run.add_argument("--bundle", type=Path, help="at the end put all that must come back into this folder")
+    run.add_argument("--bundle", type=Path, help="after every job put all that must come back into this folder")
     run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     collect = commands.add_parser("collect", parents=[common], help="take in a bundle")
     collect.add_argument("folder", type=Path)
     report = commands.add_parser("report", parents=[common], help="write the page and its pictures")
-    report.add_argument("--docs", type=Path, help="folder of the page (default: docs; with --tiny, that of its work)")
+    report.add_argument("--docs", type=Path, help="folder of the page (default: docs; for other sizes, their work)")
     return parser.parse_args(arguments)
 
 
@@ -59,7 +62,7 @@ def show_plan(preset: Preset, storage: Storage) -> None:
 def main(arguments: list[str] | None = None) -> int:
     start = time.monotonic()
     args = parse(arguments)
-    preset = TINY if args.tiny else FULL
+    preset = TINY if args.tiny else REHEARSAL if args.rehearsal else FULL
     storage = Storage(preset.name, args.root)
     if args.command == "pictures":
         path = storage.work / "pictures.npz"
@@ -72,16 +75,22 @@ def main(arguments: list[str] | None = None) -> int:
     elif args.command == "report":
         from examples.paper_table.report import write_report
 
-        print(write_report(preset, storage, args.docs or (storage.work if args.tiny else HERE.parents[1] / "docs")))
+        docs = HERE.parents[1] / "docs" if preset is FULL else storage.work
+        print(write_report(preset, storage, args.docs or docs))
     else:
         torch.set_float32_matmul_precision("high")
         context = Context(preset, storage, args.device, start + args.budget_seconds)
-        failed = run_jobs(context, tuple(args.only))
-        if args.bundle:
-            storage.write_bundle(args.bundle)
+
+        def update_bundle() -> None:
+            if args.bundle:
+                storage.write_bundle(args.bundle)
+
+        failed = run_jobs(context, tuple(args.only), update_bundle)
+        update_bundle()
         if failed:
             print(f"failed: {', '.join(failed)}")
-            return 1
+            # 2: another process may have more luck.
+            return 1 if context.device_works() else 2
     return 0
 
 

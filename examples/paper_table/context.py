@@ -91,7 +91,7 @@ class Context:
         for i, label in enumerate(self.labels.split(16)):
             noise = noise_like(torch.empty(len(label), frames, 3, height, width, device=self.device), i)
             with autocast(self.device):
-                made.append(sample(model, noise, label, self.preset.sampler_steps))
+                made.append(sample(model, noise, label, self.preset.sampler_steps, self.preset.shift))
         return torch.cat(made)
 
     def measure(self, model: VideoDiT) -> tuple[dict[str, float], Tensor]:
@@ -118,6 +118,14 @@ class Context:
     def synchronize(self) -> None:
         if self.device == "cuda":
             torch.cuda.synchronize()
+
+    def device_works(self) -> bool:
+        """Whether this process can still use the device: after some errors, none of its kernels runs any more."""
+        try:
+            self.synchronize()
+        except RuntimeError:
+            return False
+        return True
 
     def low_bit(self) -> LowBit:
         """The paper's formats: the device's kernels, or rounding where it has none."""

@@ -1,7 +1,8 @@
-"""Sizes of the comparison: the one for a GPU, and one that only shows that everything runs."""
+"""Sizes of the comparison: the one for a GPU, and two that only show that everything runs."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from examples.video_dit.compiling import Compiler
@@ -23,6 +24,7 @@ class Preset:
         steps: fine-tuning steps of every row.
         lr: peak learning rate of fine-tuning.
         batch: clips of a step.
+        shift: of the times in training and sampling; see `flow.later`.
         calibration_batches, calibration_steps: of stage 1.
         num_samples: clips that a row makes; all are compared with the teacher's of the same noise.
         sampler_steps: of the sampler.
@@ -42,6 +44,7 @@ class Preset:
     steps: int
     lr: float
     batch: int
+    shift: float
     calibration_batches: int
     calibration_steps: int
     num_samples: int
@@ -52,31 +55,51 @@ class Preset:
     job_seconds: float
 
 
-# 6,144 tokens: 96 key blocks of 64, of which 97 % leaves 3, 95 % leaves 5 and 90 % leaves 10. The model has 21 M
-# parameters, 42 MB in bfloat16. A clip costs 0.24 TFLOP forward in its linear layers and 0.54 in dense attention, so
-# 2.6 forward and backward; an 8-layer model of like sizes reached 335 TFLOP/s dense on an H200, compiled as here. At
-# 300, a teacher step of 16 clips takes 0.14 s, and with what is not a matmul about 0.16: a stage is two and a half
-# minutes, all six are under 17. A row is 400 steps of at most that, a minute of compilation and a quarter of a minute
-# to sample and measure. None of this has been measured yet.
+# 4,608 tokens: 72 key blocks of 64, of which 97 % leaves 2, 95 % leaves 4 and 90 % leaves 7. The model has 21 M
+# parameters, 42 MB in bfloat16. A clip costs 0.18 TFLOP forward in its linear layers and 0.30 in dense attention, so
+# 1.6 forward and backward, and a step of 8 clips 12.8. A model of like sizes, on as many tokens and clips, took 49 ms
+# a step on an H200, all included: the teacher's 6,000 steps are five minutes. A sparse row's step has 4.3 TFLOP of
+# linear layers, 17 ms at 250 TFLOP/s, and its attention waits for the host, some 30 ms for eight calls forward and
+# backward; 200 of them take 10 s. To sample is 96 clips times 23 evaluations, 2 to 4 s, and compiling a row 5 s, or 1
+# where a rehearsal has left its code in the caches. So the 34 rows of one seed are about ten minutes of one process,
+# and two on one device, which wait for the host in turns, need about seven; the 26 rows of more seeds are five more.
+# None of this has been measured yet.
 FULL = Preset(
     name="full",
-    model=ModelConfig((16, 96, 128), (2, 4, 4), width=448, num_heads=7, num_layers=8, num_labels=len(SOURCES)),
+    model=ModelConfig((16, 96, 96), (2, 4, 4), width=448, num_heads=7, num_layers=8, num_labels=len(SOURCES)),
     block_q=128,
     block_k=64,
-    teacher_stages=6,
-    teacher_steps=900,
+    teacher_stages=3,
+    teacher_steps=2000,
     teacher_lr=5e-4,
-    steps=400,
+    steps=200,
     lr=1e-4,
-    batch=16,
-    calibration_batches=24,
-    calibration_steps=300,
-    num_samples=128,
-    sampler_steps=16,
+    batch=8,
+    shift=3.0,
+    calibration_batches=48,
+    calibration_steps=200,
+    num_samples=96,
+    sampler_steps=12,
     num_held_out=256,
     seeds=3,
     compiler="inductor",
-    job_seconds=200,
+    job_seconds=60,
+)
+
+# The same shapes, so that all that is compiled is what `FULL` needs.
+REHEARSAL = dataclasses.replace(
+    FULL,
+    name="rehearsal",
+    teacher_stages=1,
+    teacher_steps=1,
+    steps=1,
+    calibration_batches=2,
+    calibration_steps=4,
+    num_samples=16,
+    sampler_steps=1,
+    num_held_out=16,
+    seeds=1,
+    job_seconds=1,
 )
 
 TINY = Preset(
@@ -90,6 +113,7 @@ TINY = Preset(
     steps=2,
     lr=1e-4,
     batch=1,
+    shift=3.0,
     calibration_batches=2,
     calibration_steps=4,
     num_samples=3,
@@ -99,5 +123,3 @@ TINY = Preset(
     compiler="aot_eager",
     job_seconds=1,
 )
-
-PRESETS = {preset.name: preset for preset in (FULL, TINY)}

@@ -204,9 +204,10 @@ def _rows_table(results: Results, rows: list[Row]) -> str:
 
 def _cost(results: Results) -> str:
     def mean(row: Row, find: Callable[[dict[str, Any]], float | None]) -> str:
-        found = [find(result) for name, result in results.items() if name.rpartition("-s")[0] == row.name]
-        known = [value for value in found if value]
-        return f"{1000 * sum(known) / len(known):.1f}" if known else "-"
+        seeds = [result for name, result in results.items() if name.rpartition("-s")[0] == row.name]
+        alone = [result for result in seeds if result.get("alone", True)]
+        known = [value for value in map(find, alone or seeds) if value]
+        return f"{1000 * sum(known) / len(known):.1f}{'' if alone else '*'}" if known else "-"
 
     forms = itertools.product(SPARSITIES, (PAPER, DEFAULT), (True, False))
     rows = [Row("full"), *(_sla2(sparsity, form, low_bit=low_bit) for sparsity, form, low_bit in forms)]

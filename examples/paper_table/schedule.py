@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 
 from examples.paper_table.context import Context
@@ -35,44 +35,91 @@ def missing_needs(job: Job, done: set[str], preset: Preset) -> list[str]:
 
 
 def pending(preset: Preset, storage: Storage, patterns: tuple[str, ...]) -> Iterator[Job]:
-    """Jobs that are not done and match a pattern, in order."""
-    for job in all_jobs(preset):
+    """Jobs that are not done and match a pattern, in order, those that failed before last."""
+    for job in sorted(all_jobs(preset), key=lambda job: storage.has_failed(job.name)):
         if storage.result(job.name) is None and any(fnmatchcase(job.name, pattern) for pattern in patterns):
             yield job
 
 
 def expected_seconds(job: Job, storage: Storage, preset: Preset) -> float:
     """As long as the longest job of its kind took, or the preset's guess."""
-    kinds = {each.name: type(each) for each in all_jobs(preset)}
-    known = [result["seconds"] for name, result in storage.all_results().items() if kinds.get(name) is type(job)]
+    kinds = {each.name: _kind(each) for each in all_jobs(preset)}
+    known = [result["seconds"] for name, result in storage.all_results().items() if kinds.get(name) == _kind(job)]
     return max(known, default=preset.job_seconds)
 
 
-def run_jobs(context: Context, patterns: tuple[str, ...]) -> list[str]:
-    """Run what is pending, as far as the time goes; the names of jobs that failed."""
+def _kind(job: Job) -> tuple[type, bool]:
+    return type(job), isinstance(job, RowJob) and not job.row.trained
+
+
+def run_jobs(context: Context, patterns: tuple[str, ...], on_result: Callable[[], None] = lambda: None) -> list[str]:
+    """Run what is pending, as far as the time goes; other processes may do the same with the same files.
+
+    Args:
+        context: what jobs share.
+        patterns: names of jobs to run.
+        on_result: called after every job that is done.
+
+    Returns:
+        The names of jobs that failed. After one that took the device along there are no more.
+    """
     preset, storage = context.preset, context.storage
-    failed = []
-    for job in list(pending(preset, storage, patterns)):
-        if missing := missing_needs(job, set(storage.all_results()), preset):
-            print(f"{job.name}: waits for {', '.join(missing)}", flush=True)
-            continue
-        left, expected = context.deadline - time.monotonic(), expected_seconds(job, storage, preset)
-        if left < expected:
-            print(f"{job.name}: {left:.0f} s are left, too few to begin what takes about {expected:.0f}", flush=True)
+    failed: list[str] = []
+    told: set[str] = set()
+
+    def tell(text: str) -> None:
+        if text not in told:
+            told.add(text)
+            print(text, flush=True)
+
+    while True:
+        has_run = is_shared = is_blocked = False
+        for job in pending(preset, storage, patterns):
+            if job.name in failed:
+                continue
+            expected = expected_seconds(job, storage, preset)
+            if context.deadline - time.monotonic() < expected:
+                tell(f"{job.name}: too few seconds are left to begin what takes about {expected:.0f}")
+                continue
+            if missing := missing_needs(job, set(storage.all_results()), preset):
+                tell(f"{job.name}: waits for {', '.join(missing)}")
+                is_blocked = True
+                continue
+            with storage.claimed(job.name) as is_mine:
+                is_shared |= not is_mine
+                # Another process may have finished it just now.
+                if not is_mine or storage.result(job.name) is not None:
+                    continue
+                try:
+                    _run(job, context)
+                except OutOfTimeError:
+                    print(f"{job.name}: stopped, goes on from its checkpoint in {storage.unfinished}", flush=True)
+                    return failed
+                except Exception:
+                    # What other rows need must not be lost with this one.
+                    traceback.print_exc()
+                    storage.note_failure(job.name)
+                    failed.append(job.name)
+                    if not context.device_works():
+                        print("the device is of no more use to this process; another one can go on", flush=True)
+                        return failed
+                    continue
+            on_result()
+            # What is worth most may have become possible.
+            has_run = True
             break
-        print(f"{job.name}: begins, {left:.0f} s are left", flush=True)
-        start = time.monotonic()
-        try:
-            result = job.run(context)
-        except OutOfTimeError:
-            print(f"{job.name}: stopped, goes on from its checkpoint in {storage.unfinished}", flush=True)
-            break
-        except Exception:
-            # What other rows need must not be lost with this one.
-            traceback.print_exc()
-            failed.append(job.name)
-            continue
-        seconds = time.monotonic() - start
-        storage.write_result(job.name, {**result, "preset": preset.name, "seconds": seconds, **context.machine()})
-        print(f"{job.name}: done in {seconds:.0f} s; {result.get('measures', '')}", flush=True)
-    return failed
+        if not has_run and not (is_shared and is_blocked):
+            return failed
+        if not has_run:
+            time.sleep(1)
+
+
+def _run(job: Job, context: Context) -> None:
+    storage = context.storage
+    print(f"{job.name}: begins, {context.deadline - time.monotonic():.0f} s are left", flush=True)
+    start, alone = time.monotonic(), not storage.others_at_work(job.name)
+    result = job.run(context)
+    seconds, alone = time.monotonic() - start, alone and not storage.others_at_work(job.name)
+    about = {"preset": context.preset.name, "seconds": seconds, "alone": alone, **context.machine()}
+    storage.write_result(job.name, {**result, **about})
+    print(f"{job.name}: done in {seconds:.0f} s; {result.get('measures', '')}", flush=True)

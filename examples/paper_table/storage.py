@@ -7,10 +7,12 @@ one archive and the shards of the teacher, none of them large.
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,40 @@ class Storage:
     def all_results(self) -> dict[str, dict[str, Any]]:
         return {path.stem: json.loads(path.read_text()) for path in sorted(self.results.glob("*.json"))}
 
+    # Several processes at work
+
+    @contextmanager
+    def claimed(self, name: str, *, wait: bool = False) -> Iterator[bool]:
+        """Whether `name` is this process's alone inside. The claim ends with the process, however that ends."""
+        with self._lock(name).open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+            else:
+                yield True
+
+    def others_at_work(self, own: str) -> bool:
+        """Whether any job but `own` is claimed now."""
+        for path in self.unfinished.glob("*.lock"):
+            if path != self._lock(own):
+                with self.claimed(path.stem) as is_free:
+                    if not is_free:
+                        return True
+        return False
+
+    def _lock(self, name: str) -> Path:
+        return self.unfinished / f"{name}.lock"
+
+    def has_failed(self, job: str) -> bool:
+        return self._failure(job).exists()
+
+    def note_failure(self, job: str) -> None:
+        self._failure(job).touch()
+
+    def _failure(self, job: str) -> Path:
+        return self.unfinished / f"{job}.failed"
+
     # Weights in bfloat16, in shards
 
     def write_weights(self, name: str, weights: Mapping[str, Tensor]) -> None:
@@ -72,15 +108,26 @@ class Storage:
     # Transport
 
     def write_bundle(self, folder: Path) -> None:
-        """Put everything but the pictures and unfinished work into few files of limited size."""
+        """Put everything but the pictures and unfinished work into few files of limited size, or bring them up to date.
+
+        Every file is there whole at any time, so a run that is killed loses only the job it was at.
+        """
         folder.mkdir(parents=True, exist_ok=True)
-        with tarfile.open(folder / "bundle.tar.gz", "w:gz") as archive:
-            for path in sorted(self.results.iterdir()):
-                archive.add(path, f"results/{path.name}")
-            for path in sorted(self.work.glob("stage1-*")):
-                archive.add(path, f"work/{path.name}")
-        for path in self.work.glob("teacher-*"):
-            (folder / path.name).write_bytes(path.read_bytes())
+        with self.claimed("bundle", wait=True):
+            buffer = io.BytesIO()
+            with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+                for path in sorted(self.results.glob("*.json")) + sorted(self.results.glob("*.png")):
+                    archive.add(path, f"results/{path.name}")
+                for path in sorted(self.work.glob("stage1-*.pt")):
+                    archive.add(path, f"work/{path.name}")
+            write_whole(folder / "bundle.tar.gz", buffer.getvalue())
+            shards = {path.name: path for path in self.work.glob("teacher-*") if path.suffix != ".part"}
+            for name, path in shards.items():
+                if not (folder / name).exists():
+                    write_whole(folder / name, path.read_bytes())
+            for path in folder.glob("teacher-*"):
+                if path.name not in shards:
+                    path.unlink()
 
     def read_bundle(self, folder: Path) -> list[str]:
         """Take in what `write_bundle` wrote; the names of the results that were not there."""

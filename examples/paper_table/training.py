@@ -46,6 +46,7 @@ class Plan:
         batch: clips of each.
         lr: learning rate of a step.
         seed: of the clips and noise; step i uses seed + i.
+        shift: of the times; see `flow.later`.
         checkpoint: where an interrupted training waits; it holds everything and may be large.
         deadline: when to stop, on time.monotonic's clock.
         stop_after: stop when this many steps are done, as a deadline does; for tests.
@@ -55,6 +56,7 @@ class Plan:
     batch: int
     lr: Callable[[int], float]
     seed: int
+    shift: float
     checkpoint: Path
     deadline: float
     stop_after: int | None = None
@@ -86,7 +88,7 @@ def train(model: VideoDiT, maker: ClipMaker, plan: Plan) -> Trained:
             torch.save(saved, plan.checkpoint)
             raise OutOfTimeError
         clips = maker.make(plan.seed + step, plan.batch)
-        x, t, target = training_batch(clips, plan.seed + step)
+        x, t, target = training_batch(clips, plan.seed + step, plan.shift)
         for group in optimizer.param_groups:
             group["lr"] = plan.lr(step) * group["ratio"]
         with autocast(device):

@@ -76,6 +76,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--compiler", choices=COMPILERS, default="inductor")
     parser.add_argument("--output", type=Path, help="write frames to this PNG")
     args = parser.parse_args(arguments)
+    # As where the model was trained.
+    torch.set_float32_matmul_precision("high")
     compiler: Compiler = args.compiler
     model, options = load_model(args.model, args.device)
     compile_blocks(model, options, compiler)

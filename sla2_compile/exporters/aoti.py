@@ -34,6 +34,8 @@ from sla2_compile.kernels.dispatch import missing_for_triton
 SUFFIX = ".pt2"
 METADATA = "sla2"
 COMPILERS = ("c++", "g++", "clang++")
+# PyTorch's own packages bring the first, not the others.
+CUDA_HEADERS = ("cuda.h", "crt/host_defines.h", "nv/target")
 
 # Inductor's setting by which numbers reach Triton kernels in float64; a launch from Python hands over float32.
 _WIDE_FLOATS = "_use_fp64_for_unbacked_floats"
@@ -43,15 +45,17 @@ def check_requirements(model: nn.Module, inputs: Inputs) -> None:
     """Raise where a model cannot be compiled into a package.
 
     Raises:
-        OSError: no C++ compiler.
+        OSError: no C++ compiler, or for CUDA no headers of its toolkit.
         NotImplementedError: another device, a GPU or an installation that cannot run the Triton kernels, or dynamic
             lengths where they cannot be compiled yet.
     """
     if not any(map(shutil.which, COMPILERS)):
         raise OSError(f"format: expected a C++ compiler for 'aoti', got none of {', '.join(COMPILERS)}; install one")
     device = device_of(model, inputs)
-    if device.type == "cuda" and (missing := missing_for_triton(device)):
-        raise NotImplementedError(f"format: 'aoti' on {device} {missing}")
+    if device.type == "cuda":
+        if missing := missing_for_triton(device):
+            raise NotImplementedError(f"format: 'aoti' on {device} {missing}")
+        _check_headers()
     if device.type not in ("cpu", "cuda"):
         raise NotImplementedError(f"format: expected a model on a CPU or CUDA for 'aoti', got one on {device}; move it")
     if inputs.dynamic_shapes is None:
@@ -65,6 +69,20 @@ def check_requirements(model: nn.Module, inputs: Inputs) -> None:
         raise NotImplementedError(
             f"dynamic_shapes: expected None for an 'aoti' package with PyTorch {torch.__version__}, which cannot "
             "compile loops; upgrade to 2.13, or export a package per length"
+        )
+
+
+def _check_headers() -> None:
+    from torch.utils import cpp_extension
+
+    home = cpp_extension.CUDA_HOME
+    missing = [name for name in CUDA_HEADERS if home is None or not (Path(home) / "include" / name).exists()]
+    if missing:
+        raise OSError(
+            f"format: expected the CUDA toolkit's headers for 'aoti' on CUDA, got no {', '.join(missing)} in "
+            f"{'any toolkit' if home is None else Path(home) / 'include'}; install the toolkit, or "
+            "`pip install nvidia-cuda-crt nvidia-cuda-cccl` in the version of torch.version.cuda and set CUDA_HOME to "
+            "the folder nvidia/cu13 among the installed packages"
         )
 
 

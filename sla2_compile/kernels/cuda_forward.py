@@ -72,6 +72,8 @@ def prepare(
     """Everything that the attention kernels read; `route`, the router's, writes `kept`."""
     # Only tensors no model makes have another stride along D than 1.
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    # A logit per head arrives expanded to all query blocks, without memory of its own for each.
+    alpha_logit, alpha_gain = (x if x is None else x.contiguous() for x in (alpha_logit, alpha_gain))
     kv_len = k.shape[2]
     order = visiting_order(settings, kv_len, q.device)
     real = None if attn_mask is None else attn_mask.expand(q.shape[0], 1, 1, kv_len)[:, 0, 0]
