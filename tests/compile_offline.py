@@ -48,6 +48,8 @@ GPUS = {
     100: Hardware((10, 0), 227 * 1024, 148),
     120: Hardware((12, 0), 99 * 1024, 170),
 }
+# Registers of a multiprocessor, of each of them.
+REGISTERS = 64 * 1024
 # What the tensor cores of these GPUs multiply, said here once more so that a mistake of `dispatch.py` shows.
 FORMATS = {80: {"int8"}, 86: {"int8"}} | {arch: {"int8", "fp8"} for arch in (89, 90, 100, 120)}
 
@@ -168,6 +170,8 @@ def compile_launch(launch: Launch) -> Compiled:
         problems.append(f"spills in loops, where {_known_in_loops(launch)} loads and stores are known")
     if shared > limit:
         problems.append(f"needs more than {limit} bytes of shared memory")
+    if registers * 32 * launch.options.num_warps > REGISTERS and launch.kernel != DIVIDES_REGISTERS:
+        problems.append(f"needs more than {REGISTERS} registers")
     return Compiled(*label, registers, shared, stack, in_loops, ", ".join(problems))
 
 

@@ -11,9 +11,14 @@ from torch import Tensor
 
 # Elements of one byte that the widest load spans.
 MAX_UNIT = 16
-# Registers of a thread. Told this limit, the assembler uses what it needs; left alone it sometimes spills a few for the
-# sake of more programs at a time.
+# Registers of a thread of up to eight warps. Told this limit, the assembler uses what it needs; left alone it sometimes
+# spills a few for the sake of more programs at a time.
 MAX_REGISTERS = 255
+
+
+def max_registers(num_warps: int) -> int:
+    """Registers of a thread, of which a multiprocessor has 65,536 for all."""
+    return min(MAX_REGISTERS, 65536 // (32 * num_warps))
 
 
 def padded_dim(dim: int) -> int:

@@ -98,9 +98,8 @@ def backward(
             config = linear_config(*hardware)
             correction = _linear_tail(dq, dk, dv, grad_out, q, k, v, real, order, means, rows, index, settings, config)
         if has_tail and (pooled or settings.mixing == "row"):
-            dk_bar, dv_bar = tail_gradient(
-                grad_out, q, index.bits, means, rows, order, settings, tail_config(*hardware)
-            )
+            tail = tail_config(*hardware, gathers=order is not None)
+            dk_bar, dv_bar = tail_gradient(grad_out, q, index.bits, means, rows, order, settings, tail)
         query_gradient(
             dq, grad_out, q, k, v, kept, index.bits, means, rows, real, order, settings, queries_config(*hardware)
         )

@@ -36,7 +36,7 @@ def linear_config(dim: int, itemsize: int, shared_memory: int) -> LinearConfig:
         return LinearConfig(16, 32, 8) if dim <= 128 else LinearConfig(16, 16, 8)
     if dim <= 128:
         return LinearConfig(64 if large else 32, 64, 8)
-    return LinearConfig(64, 32, 8) if large else LinearConfig(16, 64, 8)
+    return LinearConfig(64, 32, 8) if large else LinearConfig(16, 128, 8)
 
 
 def states_config(dim: int, itemsize: int, shared_memory: int) -> LinearConfig:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sla2_compile.kernels.launch_arguments import MAX_REGISTERS, padded_dim, token_strides
+from sla2_compile.kernels.launch_arguments import max_registers, padded_dim, token_strides
 from sla2_compile.kernels.settings import Settings
 from sla2_compile.kernels.triton_backward_loads import (
     FLOAT32_CHUNK,
@@ -42,7 +42,7 @@ def queries_config(dim: int, itemsize: int, shared_memory: int) -> QueriesConfig
     if itemsize == 4:
         return QueriesConfig(32, 32, 8 if dim <= 128 else 16, 1)
     if dim <= 64:
-        return QueriesConfig(128, 64, 8, 3) if large else QueriesConfig(64, 64, 4, 2)
+        return QueriesConfig(128, 64, 8, 3) if large else QueriesConfig(64, 32, 4, 2)
     if dim <= 128:
         return QueriesConfig(128, 64, 8, 2) if large else QueriesConfig(64, 32, 4, 2)
     return QueriesConfig(128, 32, 8, 2) if large else QueriesConfig(32, 32, 4, 1)
@@ -236,5 +236,5 @@ def query_gradient(
         RAGGED=kv_len % settings.block_k != 0, POOLED=has_tail and (not linear or settings.mixing == "row"),
         VALUES=not linear, ACCUMULATE=linear and has_tail,
         CAP=settings.qk_format is not None, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        STAGES=config.num_stages, UNIT=unit, num_warps=config.num_warps, maxnreg=MAX_REGISTERS,
+        STAGES=config.num_stages, UNIT=unit, num_warps=config.num_warps, maxnreg=max_registers(config.num_warps),
     )  # fmt: skip

@@ -33,12 +33,15 @@ class TailConfig:
     num_stages: int
 
 
-def tail_config(dim: int, itemsize: int, shared_memory: int) -> TailConfig:
-    """For a head dim and a GPU with so many bytes of shared memory per program."""
+def tail_config(dim: int, itemsize: int, shared_memory: int, *, gathers: bool) -> TailConfig:
+    """For a head dim and a GPU with so many bytes of shared memory per program.
+
+    gathers: whether tokens are visited in another order than the model's, which takes registers.
+    """
     large = shared_memory >= 200 * 1024
     if itemsize == 4:
-        return TailConfig(32, 32 if large else 16, 8, 1) if dim <= 128 else TailConfig(16, 16, 8, 1)
-    if dim <= 64 or (dim == 128 and large):
+        return TailConfig(32, 16, 8, 1) if dim <= 128 else TailConfig(16, 16, 8, 1)
+    if dim <= 64 or (dim == 128 and large and not gathers):
         return TailConfig(64, 64, 4, 2)
     if dim <= 128:
         return TailConfig(64, 32, 4, 3) if large else TailConfig(64, 32, 8, 2)

@@ -23,7 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sla2_compile.kernels.attention_stage import AttentionInputs, Outputs
 from sla2_compile.kernels.hardware import capability, shared_memory
-from sla2_compile.kernels.launch_arguments import MAX_REGISTERS, padded_dim, token_strides
+from sla2_compile.kernels.launch_arguments import max_registers, padded_dim, token_strides
 from sla2_compile.kernels.settings import Settings
 from sla2_compile.kernels.tensor_rows import matrix_shape
 from sla2_compile.kernels.triton_backward_loads import (
@@ -63,15 +63,15 @@ def attention_config(block_d: int, itemsize: int, device: torch.device, *, low_b
     later, memory = capability(device)[0] >= 10, shared_memory(device)
     copies = capability(device) >= (9, 0)
     if itemsize == 4:
-        return AttentionConfig(32, 32, 32, 8 if block_d <= 128 else 16, 1)
+        return AttentionConfig(32 if block_d <= 128 else 16, 32, 32, 8, 1)
     if memory < 200 * 1024:
         if block_d <= 128:
             return AttentionConfig(64, 32, 32, 4, 2)
-        return AttentionConfig(64, 32, 32, 8, 2) if memory >= 160 * 1024 else AttentionConfig(32, 32, 32, 8, 1)
+        return AttentionConfig(32, 32, 32, 8, 2 if memory >= 160 * 1024 else 1)
     if block_d <= 64:
         return AttentionConfig(128, 64, 64, 8, 3, copy_engine=copies)
     if block_d <= 128:
-        rows, stages = (64, 3) if later and low_bit else (128, 2)
+        rows, stages = (64, 3) if later else (128, 2)
         return AttentionConfig(rows, 64, 64, 8, stages, copy_engine=copies)
     return AttentionConfig(32 if later and low_bit else 64, 32, 32, 8, 2, copy_engine=copies)
 
@@ -325,7 +325,7 @@ def attention(outputs: Outputs, inputs: AttentionInputs, settings: Settings, con
         LINEAR=not pooled, ROW_MIXING=by_row,
         UNIFIED=inputs.has_tail and pooled and by_row and inputs.alpha_gain is None, MAP=settings.feature_map,
         FP8_KEYS=settings.qk_format == "fp8", PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        STAGES=config.num_stages, UNIT=unit, num_warps=config.num_warps, maxnreg=MAX_REGISTERS,
+        STAGES=config.num_stages, UNIT=unit, num_warps=config.num_warps, maxnreg=max_registers(config.num_warps),
     )  # fmt: skip
 
 

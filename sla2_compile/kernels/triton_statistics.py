@@ -193,8 +193,9 @@ def block_statistics(
     late_k_bar = smooths and smooth_k_bar
     num_q, num_k, block_d = batch * heads * M, batch * key_heads * T, padded_dim(dim)
     unit, strides = token_strides(k if q is None else q, k, v)
-    # One warp was tuned on Hopper, in 16 bit; elsewhere it gathers loads until it spills.
-    tuned = capability(k.device)[0] in (0, 9) and k.element_size() == 2 and block_d <= 128
+    # One warp was tuned on Hopper, in 16 bit at the default block sizes; elsewhere it gathers loads until it spills.
+    small = block_d <= 128 and max(settings.block_q, settings.block_k) <= 128
+    tuned = capability(k.device)[0] in (0, 9) and k.element_size() == 2 and small
     num_warps = 1 if tuned else k.element_size()
     _statistics_kernel[num_q + num_k * (1 + int(reads_v)),](
         q, k, v if reads_v else None, real, order, q_mean, q_scale, k_mean, None if late_k_bar else k_bar, v_bar,
