@@ -37,7 +37,7 @@ def keys_config(dim: int, itemsize: int, device: torch.device) -> KeysConfig:
     # Only Hopper's matmuls leave the registers that four warps need.
     warps = 4 if hopper else 8
     if itemsize == 4:
-        return KeysConfig(32, 32, 8, 1) if dim <= 128 else KeysConfig(16, 16, 8, 1)
+        return KeysConfig(32, 32 if dim <= 64 else 16, 8, 1) if dim <= 128 else KeysConfig(16, 16, 8, 1)
     if dim <= 64:
         return KeysConfig(64, 64, 4, 2)
     if dim == 128 and large:

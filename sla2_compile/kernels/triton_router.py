@@ -176,7 +176,7 @@ def route(
         scores, n, kept, bits, num_nonempty, heads, rows, total, slots, words, keys.num_first, keys.last_start,
         queries.num_first, queries.last_start, BLOCK_T=block_t, SLOTS=next_power_of_two(slots),
         # Sums over a warp are one instruction, over several a wait for each other.
-        num_warps=min(8, max(1, block_t // 1024)),
+        num_warps=min(8, max(1, block_t // 1024)), maxnreg=MAX_REGISTERS,
     )  # fmt: skip
     return Choice(bits, num_nonempty)
 
