@@ -15,7 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 from sla2_compile.kernels.hardware import capability, shared_memory
-from sla2_compile.kernels.launch_arguments import MAX_REGISTERS, next_power_of_two, padded_dim, token_strides
+from sla2_compile.kernels.launch_arguments import (
+    MAX_REGISTERS,
+    max_registers,
+    next_power_of_two,
+    padded_dim,
+    token_strides,
+)
 from sla2_compile.kernels.settings import Settings
 from sla2_compile.kernels.triton_backward_loads import in_elements, is_real, load_rows, load_tile, store_tile, token_of
 from sla2_compile.kernels.triton_backward_rows import LOG2_E, Rows
@@ -265,7 +271,6 @@ def key_gradients(
         "BLOCK_K": settings.block_k,
         "SPLITS": next_power_of_two(splits),
         "ACCUMULATE": correction is not None,
-        "maxnreg": MAX_REGISTERS,
     }
     real_stride, split_stride = 0 if real is None else real.stride(0), 0 if dk_bar is None else dk_bar.stride(0)
     sizes = (max_parts, index.part_length, splits, settings.scale)
@@ -278,12 +283,13 @@ def key_gradients(
         heads, q_len, kv_len, index.bits.shape[1], T, batch * key_heads, index.lists.shape[1], *sizes,
         GROUP=heads // key_heads, BLOCK_Q=settings.block_q, ROWS=min(config.rows, settings.block_q), KEYS=key_size,
         CAP=settings.qk_format is not None, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        STAGES=config.num_stages, UNIT=unit, num_warps=config.num_warps, **shared,
+        STAGES=config.num_stages, UNIT=unit, num_warps=config.num_warps, maxnreg=max_registers(config.num_warps),
+        **shared,
     )  # fmt: skip
     if heads // key_heads * index.bits.shape[1] < 2 * index.part_length:
         return  # no list can be as long as that
     key_size = min(key_size, 32)
     _parts_kernel[batch * key_heads * T, settings.block_k // key_size](
         real, order, n, dk_bar, dv_bar, index.count, index.first_part, correction, partial, dk, dv,
-        *strides, key_heads, kv_len, T, *sizes, KEYS=key_size, num_warps=4, **shared,
+        *strides, key_heads, kv_len, T, *sizes, KEYS=key_size, num_warps=4, maxnreg=MAX_REGISTERS, **shared,
     )  # fmt: skip

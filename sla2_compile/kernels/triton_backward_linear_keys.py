@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sla2_compile.kernels.blocks import num_blocks
-from sla2_compile.kernels.launch_arguments import MAX_REGISTERS, padded_dim, token_strides
+from sla2_compile.kernels.launch_arguments import max_registers, padded_dim, token_strides
 from sla2_compile.kernels.settings import Settings
 from sla2_compile.kernels.triton_backward_feature_map import feature_map, feature_map_gradient
 from sla2_compile.kernels.triton_backward_loads import in_elements, is_real, load_tile, store_tile, token_of
@@ -56,7 +56,8 @@ def linear_constants(x: Tensor, config: LinearConfig, settings: Settings) -> dic
         "VALUES": min(config.values, block_d),
         "MAP": settings.feature_map,
         "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
-        "maxnreg": MAX_REGISTERS,
+        "num_warps": config.num_warps,
+        "maxnreg": max_registers(config.num_warps),
     }
 
 
@@ -165,7 +166,7 @@ def key_block_states(
     _state_kernel[batch * heads * T, num_blocks(dim, constants["VALUES"])](
         k, v, k_mean, real, order, states, *strides, 0 if real is None else real.stride(0),
         heads, kv_len, T, factor, BLOCK_K=settings.block_k, KEYS=min(config.rows, settings.block_k),
-        UNIT=unit, num_warps=config.num_warps, **constants,
+        UNIT=unit, **constants,
     )  # fmt: skip
     return states
 
@@ -193,7 +194,6 @@ def linear_key_gradients(
     _gradient_kernel[batch * heads * T,](
         k, v, k_mean, real, order, dh, dz, dk, dv, dk_sum, *strides,
         0 if real is None else real.stride(0), heads, kv_len, T, factor, BLOCK_K=settings.block_k,
-        KEYS=min(config.rows, settings.block_k), UNIT=unit, num_warps=config.num_warps,
-        **linear_constants(k, config, settings),
+        KEYS=min(config.rows, settings.block_k), UNIT=unit, **linear_constants(k, config, settings),
     )  # fmt: skip
     return dk_sum.sum(2)

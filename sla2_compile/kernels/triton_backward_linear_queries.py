@@ -139,7 +139,7 @@ def linear_query_gradients(
 
     def constants(config: LinearConfig) -> dict[str, Any]:
         sizes = {"BLOCK_Q": settings.block_q, "ROWS": min(config.rows, settings.block_q)}
-        return {**sizes, **linear_constants(q, config, settings), "UNIT": unit, "num_warps": config.num_warps}
+        return {**sizes, **linear_constants(q, config, settings), "UNIT": unit}
 
     for_queries, for_states = constants(config), constants(state_config)
     _query_kernel[batch * heads * blocks * (settings.block_q // for_queries["ROWS"]),](

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sla2_compile.kernels.blocks import num_blocks
-from sla2_compile.kernels.launch_arguments import MAX_REGISTERS, padded_dim, token_strides
+from sla2_compile.kernels.launch_arguments import max_registers, padded_dim, token_strides
 from sla2_compile.kernels.settings import Settings
 from sla2_compile.kernels.triton_backward_loads import in_elements, load_rows, load_tile
 from sla2_compile.kernels.triton_backward_rows import LOG2_E, Rows
@@ -142,6 +142,6 @@ def tail_gradient(
         settings.scale, GROUP=group, D=dim, BLOCK_D=padded_dim(dim),
         BLOCK_Q=settings.block_q, ROWS=row_size,
         MEANS=config.means, VALUES=values, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        STAGES=config.num_stages, UNIT=unit, num_warps=config.num_warps, maxnreg=MAX_REGISTERS,
+        STAGES=config.num_stages, UNIT=unit, num_warps=config.num_warps, maxnreg=max_registers(config.num_warps),
     )  # fmt: skip
     return dk_bar, dv_bar
