@@ -33,10 +33,13 @@ from sla2_compile.kernels.gluon_stream import (
     INTEGER_FLOAT,
     MEAN_BIAS,
     TOP_CODE,
+    begin,
     finish,
+    issue_last,
     left_operand,
     out_layout,
     pack_fp8,
+    row_totals,
     scores_layout,
     stream,
 )
@@ -116,15 +119,17 @@ def _write_rows(tiles, ptr, x, smem, row, column, first, N, pitch):
 def _consume(
     part: gl.constexpr, out_tiles, sparse_out_tiles, kept_ptr, bits_ptr, logit_ptr, q_scale_ptr, k_scale_ptr,
     v_scale_ptr, center_ptr, states_ptr, out_ptr, sparse_out_ptr, sparse_lse_ptr, tail_lse_ptr, q_smem, k_smem, v_smem,
-    k_bar_smem, v_bar_smem, state_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, state_full, state_empty,
-    out_rows, out_head_rows, out_columns, out_sn, H, GROUP, N, N_KV, M, T, slots, words, num_heads, first_exact,
-    last_exact, scale, RAGGED: gl.constexpr, TAIL: gl.constexpr, LINEAR: gl.constexpr, MAP: gl.constexpr,
+    k_bar_smem, v_bar_smem, state_smem, q_full, q_empty, full, empty, state_full, state_empty, out_rows,
+    out_head_rows, out_columns, out_sn, H, GROUP, N, N_KV, M, T, slots, words, num_heads, first_exact, last_exact,
+    scale, RAGGED: gl.constexpr, TAIL: gl.constexpr, LINEAR: gl.constexpr, MAP: gl.constexpr,
 ):  # fmt: skip
     """One group of warps: its half of every query block of this program."""
     D: gl.constexpr = q_smem.shape[2]
     SAVE: gl.constexpr = sparse_out_ptr is not None
     dtype: gl.constexpr = q_smem.dtype
     FP8_VALUES: gl.constexpr = v_smem.dtype == gl.float8e4nv
+    # Kept keys and means in one stretch, where nothing is written between and both are of one kind.
+    JOINED: gl.constexpr = TAIL and not SAVE and k_smem.dtype == dtype and v_smem.dtype == dtype
     KEY_BYTES: gl.constexpr = k_smem.dtype.primitive_bitwidth // 8
     o_layout: gl.constexpr = out_layout(D, 2)
     row_layout: gl.constexpr = gl.SliceLayout(1, o_layout)
@@ -137,7 +142,8 @@ def _consume(
     factor = scale * LOG2_E
     # What the mean of the last, short block weighs less than the others', as a score.
     last_bias = (gl.log2(last_size.to(gl.float32)) - MEAN_BIAS) / factor
-    step = 0
+    # Of the ring, where the next tile arrives.
+    slot, phase = 0, 0
     turn = 0
     total_blocks = num_heads * M
     head, m = query_block(gl.program_id(0), num_heads, M, first_exact, last_exact)
@@ -182,11 +188,31 @@ def _consume(
             kept_q = _to_codes(q_block.load(codes_layout), q_scale, k_smem.dtype)
             kept_factor = factor * q_scale
             scales = k_scale_ptr + kv_head * T
-        acc, token, held, total, peak, step = stream(
-            acc, peak, kept_q, k_smem, v_smem, k_full, k_empty, v_full, v_empty, step, count, kept_factor, bias,
-            kept_row + 1, scales, T, last_size, 0.0, False, RAGGED,
+        num_means = 0
+        if TAIL:
+            num_means = gl.where(count == T, 0, (T + 63) // 64)
+        # Kept keys, then means where those follow at once.
+        num_waits = count
+        if JOINED:
+            num_waits += num_means
+        first_slot = slot
+        weights, peak, held, total, slot, phase = begin(
+            acc, peak, kept_q, k_smem, v_smem, full, slot, phase, count, num_waits, kept_factor, bias, kept_row + 1,
+            scales, T, last_size, 0.0, False, RAGGED,
         )  # fmt: skip
-        if k_scale_ptr is not None or LINEAR or TAIL:
+        acc, weights, peak, held, total, last_slot, slot, phase = stream(
+            acc, weights, peak, held, total, kept_q, k_smem, v_smem, full, empty, first_slot, slot, phase, 1, count,
+            num_waits, kept_factor, bias, kept_row + 1, scales, T, last_size, 0.0, False, RAGGED,
+        )  # fmt: skip
+        if JOINED:
+            acc, weights, peak, held, total, last_slot, slot, phase = stream(
+                acc, weights, peak, held, total, q, k_smem, v_smem, full, empty, last_slot, slot, phase, 0, num_means,
+                num_means, factor, MEAN_BIAS, bits_ptr + block * words, None, T, last_size, last_bias, True, RAGGED,
+            )  # fmt: skip
+        acc, token = issue_last(acc, weights, held, v_smem, last_slot)
+        total = row_totals(total, gl.SliceLayout(1, kept_layout))
+        peak = gl.convert_layout(peak, gl.SliceLayout(1, kept_layout))
+        if k_scale_ptr is not None or LINEAR or (TAIL and not JOINED):
             # Read again rather than held by registers that the loop needs.
             q = q_block.load(q_layout)
         channel_layout: gl.constexpr = gl.SliceLayout(0, q_layout)
@@ -214,7 +240,7 @@ def _consume(
             kept_ptr + (next_head.to(gl.int64) * M + next_m) * (1 + slots),
             mask=index + gl.num_programs(0) < total_blocks, other=1,
         )  # fmt: skip
-        acc, step = finish(acc, token, held, v_smem, v_empty, step)
+        acc = finish(acc, token, held, v_smem, empty, last_slot)
         if FP8_VALUES:
             acc = acc * gl.convert_layout(v_scale * (1 / TOP_CODE), gl.SliceLayout(0, kept_layout))[None, :]
             total = total * (1 / TOP_CODE)
@@ -240,15 +266,23 @@ def _consume(
                 # Nobody reads it but where there is no tail.
                 tail_lse = gl.where(count == T, tail_lse, 0.0)
         gl.store(sparse_lse_ptr + wide_head * N + row, lse, mask=row < N)
-        if TAIL:
-            if count < T:
+        if TAIL and not JOINED:
+            if num_means > 0:
                 before = peak
-                num_tiles = (T + 63) // 64
-                acc, mean_token, mean_held, added, peak, step = stream(
-                    acc, peak, q, k_bar_smem, v_bar_smem, k_full, k_empty, v_full, v_empty, step, num_tiles, factor,
-                    MEAN_BIAS, bits_ptr + block * words, None, T, last_size, last_bias, True, RAGGED,
+                first_slot = slot
+                mean_weights, mean_peak, mean_held, mean_total, slot, phase = begin(
+                    acc, peak, q, k_bar_smem, v_bar_smem, full, slot, phase, num_means, num_means, factor, MEAN_BIAS,
+                    bits_ptr + block * words, None, T, last_size, last_bias, True, RAGGED,
                 )  # fmt: skip
-                acc, step = finish(acc, mean_token, mean_held, v_bar_smem, v_empty, step)
+                acc, mean_weights, mean_peak, mean_held, mean_total, last_slot, slot, phase = stream(
+                    acc, mean_weights, mean_peak, mean_held, mean_total, q, k_bar_smem, v_bar_smem, full, empty,
+                    first_slot, slot, phase, 1, num_means, num_means, factor, MEAN_BIAS, bits_ptr + block * words,
+                    None, T, last_size, last_bias, True, RAGGED,
+                )  # fmt: skip
+                acc, mean_token = issue_last(acc, mean_weights, mean_held, v_bar_smem, last_slot)
+                added = row_totals(mean_total, row_layout)
+                peak = gl.convert_layout(mean_peak, row_layout)
+                acc = finish(acc, mean_token, mean_held, v_bar_smem, empty, last_slot)
                 total = total * gl.exp2(before - peak) + added
                 if SAVE:
                     # A tail too small beside the kept keys for its sum to be above 0 is still no empty one.
@@ -294,10 +328,8 @@ def _attention_kernel(
         state_smem = gl.allocate_shared_memory(state_tiles.dtype, state_tiles.block_type.shape, state_tiles.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     state_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     state_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     # What is full one thread announces; what is empty, both groups.
@@ -307,28 +339,25 @@ def _attention_kernel(
     mbarrier.init(state_full, count=1)
     mbarrier.init(state_empty, count=2)
     for i in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=2)
-        mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(v_empty.index(i), count=2)
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
     gl.warp_specialize(
         [
             (_consume, (gl.constexpr(0), out_tiles, sparse_out_tiles, kept_ptr, bits_ptr, logit_ptr, q_scale_ptr,
                         k_scale_ptr, v_scale_ptr, center_ptr, states_ptr, out_ptr, sparse_out_ptr, sparse_lse_ptr,
                         tail_lse_ptr, q_smem, k_smem, v_smem, k_bar_smem, v_bar_smem, state_smem, q_full, q_empty,
-                        k_full, k_empty, v_full, v_empty, state_full, state_empty, out_rows, out_head_rows,
+                        full, empty, state_full, state_empty, out_rows, out_head_rows,
                         out_columns, out_sn, H, GROUP, N, N_KV, M, T, slots, words, num_heads, first_exact,
                         last_exact, scale, RAGGED, TAIL, LINEAR, MAP)),
             (_consume, (gl.constexpr(1), out_tiles, sparse_out_tiles, kept_ptr, bits_ptr, logit_ptr, q_scale_ptr,
                         k_scale_ptr, v_scale_ptr, center_ptr, states_ptr, out_ptr, sparse_out_ptr, sparse_lse_ptr,
                         tail_lse_ptr, q_smem, k_smem, v_smem, k_bar_smem, v_bar_smem, state_smem, q_full, q_empty,
-                        k_full, k_empty, v_full, v_empty, state_full, state_empty, out_rows, out_head_rows,
+                        full, empty, state_full, state_empty, out_rows, out_head_rows,
                         out_columns, out_sn, H, GROUP, N, N_KV, M, T, slots, words, num_heads, first_exact,
                         last_exact, scale, RAGGED, TAIL, LINEAR, MAP)),
             (fetch, (q_tiles, k_tiles, v_tiles, k_bar_tiles, v_bar_tiles, state_tiles, kept_ptr, q_smem, k_smem,
-                     v_smem, k_bar_smem, v_bar_smem, state_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                     state_full, state_empty, q_rows, q_head_rows, q_columns, k_rows, k_head_rows, k_columns, v_rows,
+                     v_smem, k_bar_smem, v_bar_smem, state_smem, q_full, q_empty, full, empty, state_full, state_empty, q_rows, q_head_rows, q_columns, k_rows, k_head_rows, k_columns, v_rows,
                      v_head_rows, v_columns, H, GROUP, M, T, slots, num_heads, first_exact, last_exact)),
         ],
         [4, 1],

@@ -6,6 +6,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
+from sla2_compile.kernels.gluon_stream import next_slot
+
 
 @gluon.jit
 def query_block(index, num_heads, M, first_exact, last_exact):
@@ -20,20 +22,22 @@ def query_block(index, num_heads, M, first_exact, last_exact):
 
 
 @gluon.jit
-def _fetch_tile(tiles, row, column, smem, full, empty, step):
-    """One tile into slot `step` of a ring, once that is empty."""
-    STAGES: gl.constexpr = smem.shape[0]
-    stage = step % STAGES
-    mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
-    mbarrier.expect(full.index(stage), tiles.block_type.nbytes)
-    tma.async_copy_global_to_shared(tiles, [row, column], full.index(stage), smem.index(stage))
+def _fetch_pair(k_tiles, v_tiles, k_row, k_column, v_row, v_column, k_smem, v_smem, full, empty, slot, phase):
+    """A tile of keys and one of values into a slot of their rings, once that is empty; the next slot and its phase.
+
+    They share a barrier: whoever waits for the scores' keys has waited for the values that come one step later.
+    """
+    mbarrier.wait(empty.index(slot), phase ^ 1)
+    mbarrier.expect(full.index(slot), k_tiles.block_type.nbytes + v_tiles.block_type.nbytes)
+    tma.async_copy_global_to_shared(k_tiles, [k_row, k_column], full.index(slot), k_smem.index(slot))
+    tma.async_copy_global_to_shared(v_tiles, [v_row, v_column], full.index(slot), v_smem.index(slot))
+    return next_slot(slot, phase, k_smem.shape[0])
 
 
 @gluon.jit
 def fetch(
     q_tiles, k_tiles, v_tiles, k_bar_tiles, v_bar_tiles, state_tiles, kept_ptr, q_smem, k_smem, v_smem, k_bar_smem,
-    v_bar_smem, state_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, state_full, state_empty,
-    q_rows, q_head_rows, q_columns, k_rows, k_head_rows, k_columns, v_rows, v_head_rows, v_columns, H, GROUP, M, T,
+    v_bar_smem, state_smem, q_full, q_empty, full, empty, state_full, state_empty, q_rows, q_head_rows, q_columns, k_rows, k_head_rows, k_columns, v_rows, v_head_rows, v_columns, H, GROUP, M, T,
     slots, num_heads, first_exact, last_exact,
 ):  # fmt: skip
     """Every tensor is a matrix to it, whose rows are as far apart as two tokens; codes lie block after block.
@@ -41,7 +45,7 @@ def fetch(
     q_rows: rows from one batch element to the next; q_head_rows, q_columns: rows and columns from one head to the next.
     """
     D: gl.constexpr = q_smem.shape[2]
-    step = 0
+    slot, phase = 0, 0
     turn = 0
     for index in range(gl.program_id(0), num_heads * M, gl.num_programs(0)):
         head, m = query_block(index, num_heads, M, first_exact, last_exact)
@@ -49,12 +53,12 @@ def fetch(
         g = h // GROUP
         kv_head = b * (H // GROUP) + g
         buffer = turn & 1
-        full = q_full.index(buffer)
+        queries_full = q_full.index(buffer)
         mbarrier.wait(q_empty.index(buffer), ((turn >> 1) & 1) ^ 1)
-        mbarrier.expect(full, 2 * q_tiles.block_type.nbytes)
+        mbarrier.expect(queries_full, 2 * q_tiles.block_type.nbytes)
         q_row, q_column = b * q_rows + h * q_head_rows + m * 128, h * q_columns
-        tma.async_copy_global_to_shared(q_tiles, [q_row, q_column], full, q_smem.index(2 * buffer))
-        tma.async_copy_global_to_shared(q_tiles, [q_row + 64, q_column], full, q_smem.index(2 * buffer + 1))
+        tma.async_copy_global_to_shared(q_tiles, [q_row, q_column], queries_full, q_smem.index(2 * buffer))
+        tma.async_copy_global_to_shared(q_tiles, [q_row + 64, q_column], queries_full, q_smem.index(2 * buffer + 1))
         if k_smem.dtype == q_smem.dtype:
             k_row, k_column = b * k_rows + g * k_head_rows, g * k_columns
         else:
@@ -69,14 +73,16 @@ def fetch(
         count = gl.load(kept_row)
         for i in range(count):
             j = gl.load(kept_row + 1 + i, mask=count < T, other=i)
-            _fetch_tile(k_tiles, k_row + j * 64, k_column, k_smem, k_full, k_empty, step)
-            _fetch_tile(v_tiles, v_row + j * V_ROWS, v_column, v_smem, v_full, v_empty, step)
-            step += 1
+            slot, phase = _fetch_pair(
+                k_tiles, v_tiles, k_row + j * 64, k_column, v_row + j * V_ROWS, v_column, k_smem, v_smem, full, empty,
+                slot, phase,
+            )  # fmt: skip
         if k_bar_tiles is not None:
             for first in range(0, gl.where(count == T, 0, T), 64):
-                _fetch_tile(k_bar_tiles, kv_head * T + first, 0, k_bar_smem, k_full, k_empty, step)
-                _fetch_tile(v_bar_tiles, kv_head * T + first, 0, v_bar_smem, v_full, v_empty, step)
-                step += 1
+                row = kv_head * T + first
+                slot, phase = _fetch_pair(
+                    k_bar_tiles, v_bar_tiles, row, 0, row, 0, k_bar_smem, v_bar_smem, full, empty, slot, phase
+                )  # fmt: skip
         if state_tiles is not None:
             mbarrier.wait(state_empty, (turn & 1) ^ 1)
             mbarrier.expect(state_full, state_tiles.block_type.nbytes)

@@ -1,8 +1,10 @@
 """What a group of warps does with tiles of keys and values: the inner loop of `gluon_attention.py`.
 
-The next tile's scores are issued to the tensor cores, then the last tile's probabilities times its values; the softmax
-of the scores runs while the values are multiplied. At 64 rows a group and 64 keys a tile a step keeps the tensor cores
-busy for 512 cycles in 16 bit, and the two groups of a program take turns on them.
+A step issues the next tile's scores to the tensor cores, then the last tile's probabilities times its values; the
+softmax of the scores runs while the values are multiplied. At 64 rows a group and 64 keys a tile a step keeps the
+tensor cores busy for 512 cycles in 16 bit, and the two groups of a program take turns on them. What a group does one
+after the other, with the tensor cores idle if the other group is at the same point, is what a step costs beyond that:
+so maxima are trees, the sums so far shrink behind the next scores, and a tile is waited for and handed back once.
 """
 
 from __future__ import annotations
@@ -45,33 +47,42 @@ def left_operand(layout, itemsize):
 
 
 @gluon.jit
+def next_slot(slot, phase, STAGES: gl.constexpr):
+    """The slot of a ring after this one, and its phase, which changes with every turn."""
+    wraps = slot + 1 == STAGES
+    return gl.where(wraps, 0, slot + 1), gl.where(wraps, phase ^ 1, phase)
+
+
+@gluon.jit
 def sum_in_thread(weights):
     """Sums (64, 4) of those columns of `weights` (64, 64) that one thread holds."""
     return gl.sum(gl.sum(gl.reshape(weights, [ROWS, 8, 4, 2]), 3), 1)
 
 
 @gluon.jit
-def _issue_scores(q, k_smem, k_full, step, layout: gl.constexpr):
-    STAGES: gl.constexpr = k_smem.shape[0]
-    stage = step % STAGES
-    element: gl.constexpr = gl.int32 if q.dtype == gl.int8 else gl.float32
-    empty = gl.zeros([ROWS, KEYS], element, layout=layout)
-    mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
-    return warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), empty, use_acc=False, is_async=True)
+def _row_maximum(scores):
+    """(64,) maxima of rows, in five steps a thread: the compiler makes of one maximum over all columns a chain of 15."""
+    layout: gl.constexpr = gl.SliceLayout(1, scores.type.layout)
+    pairs = gl.max(gl.reshape(scores, [ROWS, 2, 4, 4, 2]), 4)
+    return gl.convert_layout(gl.max(gl.max(gl.max(pairs, 2), 1), 1), layout)
 
 
 @gluon.jit
-def _issue_values(probs, v_smem, v_full, step, acc):
+def _issue_scores(q, keys):
+    element: gl.constexpr = gl.int32 if q.dtype == gl.int8 else gl.float32
+    layout: gl.constexpr = q.type.layout.parent
+    empty = gl.zeros([ROWS, KEYS], element, layout=layout)
+    return warpgroup_mma(q, keys.permute((1, 0)), empty, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _issue_values(probs, values, acc):
     """FP8 products are summed apart, since the tensor cores add them up with few bits."""
-    STAGES: gl.constexpr = v_smem.shape[0]
-    stage = step % STAGES
-    mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
-    if v_smem.dtype == gl.float8e4nv:
-        layout: gl.constexpr = acc.type.layout
-        empty = gl.zeros([ROWS, acc.shape[1]], gl.float32, layout=layout)
-        return warpgroup_mma(probs, v_smem.index(stage).permute((1, 0)), empty, use_acc=False, is_async=True)
+    if values.dtype == gl.float8e4nv:
+        empty = gl.zeros([ROWS, acc.shape[1]], gl.float32, layout=acc.type.layout)
+        return warpgroup_mma(probs, values.permute((1, 0)), empty, use_acc=False, is_async=True)
     else:
-        return warpgroup_mma(probs, v_smem.index(stage), acc, is_async=True)
+        return warpgroup_mma(probs, values, acc, is_async=True)
 
 
 @gluon.jit
@@ -102,7 +113,7 @@ def _softmax(scores, peak, factor, bias, FP8: gl.constexpr):
 
     With FP8 peaks are whole numbers: codes then do not depend on which tiles came before.
     """
-    new_peak = gl.max(scores, 1) * factor + bias
+    new_peak = _row_maximum(scores) * factor + bias
     if FP8:
         new_peak = gl.ceil(new_peak)
     new_peak = gl.maximum(peak, new_peak)
@@ -149,16 +160,60 @@ def _as_scores(products):
 
 
 @gluon.jit
-def stream(
-    acc, peak, q, k_smem, v_smem, k_full, k_empty, v_full, v_empty, step, num_tiles, factor, bias, tile_ptr, scale_ptr,
-    T, last_size, last_bias, MEANS: gl.constexpr, RAGGED: gl.constexpr,
+def begin(
+    acc, peak, q, k_smem, v_smem, full, slot, phase, num_tiles, num_waits, factor, bias, tile_ptr, scale_ptr, T,
+    last_size, last_bias, MEANS: gl.constexpr, RAGGED: gl.constexpr,
 ):  # fmt: skip
-    """Attend to `num_tiles` tiles, at least one, from ring slot `step` on; `finish` waits for the last one's values.
+    """The first tile's weights, with nothing in flight; see `stream` for the arguments.
 
     Args:
-        acc: (64, D) float32 sums of weights times values, in an `out_layout`.
+        acc: (64, D) float32 sums so far, zeros or those of tiles before.
         peak: (64,) float32 the largest score so far, in base 2; -inf before the first tile.
+    Returns:
+        weights, peak, held, total: what `stream` takes.
+        slot, phase: of the next tile, which has been waited for if there is one.
+    """
+    STAGES: gl.constexpr = k_smem.shape[0]
+    FP8: gl.constexpr = v_smem.dtype == gl.float8e4nv
+    peak = gl.convert_layout(peak, gl.SliceLayout(1, q.type.layout.parent))
+    scale = 1.0
+    low, high = 0, 0
+    if MEANS:
+        low, high = gl.load(tile_ptr), gl.load(tile_ptr + 1)
+    elif scale_ptr is not None:
+        scale = gl.load(scale_ptr + gl.load(tile_ptr, mask=num_tiles < T, other=0))
+    mbarrier.wait(full.index(slot), phase)
+    token = _issue_scores(q, k_smem.index(slot))
+    slot, phase = next_slot(slot, phase, STAGES)
+    scores = _as_scores(warpgroup_mma_wait(0, deps=[token]))
+    if MEANS:
+        scores = _mask_means(scores, low, high, 0, T, last_bias, RAGGED)
+    elif RAGGED:
+        is_last = gl.load(tile_ptr, mask=num_tiles < T, other=0) == T - 1
+        scores = _mask_short(scores, is_last, last_size)
+    weights, peak, rescale = _softmax(scores, peak, factor * scale, bias, FP8)
+    if num_waits > 1:
+        mbarrier.wait(full.index(slot), phase)
+    held = gl.convert_layout(rescale, gl.SliceLayout(1, acc.type.layout))
+    return weights, peak, held, sum_in_thread(weights), slot, phase
+
+
+@gluon.jit
+def stream(
+    acc, weights, peak, held, total, q, k_smem, v_smem, full, empty, last_slot, slot, phase, first, num_tiles,
+    num_waits, factor, bias, tile_ptr, scale_ptr, T, last_size, last_bias, MEANS: gl.constexpr, RAGGED: gl.constexpr,
+):  # fmt: skip
+    """Attend to tiles `first` to `num_tiles`, after another one whose weights are there and whose values are not.
+
+    Args:
+        acc: (64, D) float32 sums of weights times values, in an `out_layout`, without the last tile's.
+        weights: (64, 64) float32 of the last tile.
+        peak: (64,) float32 the largest score so far, in base 2.
+        held: (64,) what `acc` must be multiplied by before the last tile's product is added.
+        total: (64, 4) float32 sums of the weights so far, in each thread.
         q: (64, D) queries or their codes, in registers.
+        last_slot, slot, phase: of the ring, of the last tile and of the next one, which has been waited for.
+        num_waits: as many as `num_tiles`, or more where tiles follow with nothing between.
         factor: what makes of a product of q and k a score in base 2, but for a code's scale.
         bias: added to scores in base 2.
         tile_ptr: the kept blocks' list; for MEANS the words of the block mask.
@@ -167,86 +222,79 @@ def stream(
         last_size, last_bias: keys of the last block; what its mean weighs less than others', as a product of q and k.
 
     Returns:
-        acc, token: sums without the last tile, and its product with the values, for `finish`.
-        held: (64,) what `acc` must be multiplied by before an FP8 product is added.
-        total: (64,) float32 sums of the weights of these tiles.
-        peak: (64,), and the ring slot of the last tile.
+        acc, weights, peak, held, total and the three of the ring, for what follows.
     """
     STAGES: gl.constexpr = k_smem.shape[0]
     FP8: gl.constexpr = v_smem.dtype == gl.float8e4nv
-    s_layout: gl.constexpr = scores_layout(k_smem.dtype.primitive_bitwidth // 8)
     o_layout: gl.constexpr = acc.type.layout
-    o_row_layout: gl.constexpr = gl.SliceLayout(1, o_layout)
     p_layout: gl.constexpr = left_operand(o_layout, v_smem.dtype.primitive_bitwidth // 8)
-    peak = gl.convert_layout(peak, gl.SliceLayout(1, s_layout))
-    last = T
+    sum_layout: gl.constexpr = gl.SliceLayout(1, total.type.layout)
     scale = 1.0
-    j = 0
-    low, high = 0, 0
-    if MEANS:
-        low, high = gl.load(tile_ptr), gl.load(tile_ptr + 1)
-    else:
-        listed = num_tiles < T
+    low, high, j, last = 0, 0, 0, T
+    listed = num_tiles < T
+    if not MEANS:
         if RAGGED:
             last = gl.load(tile_ptr + num_tiles - 1, mask=listed, other=T - 1)
         if scale_ptr is not None:
-            scale = gl.load(scale_ptr + gl.load(tile_ptr, mask=listed, other=0))
-            j = gl.load(tile_ptr + 1, mask=listed & (num_tiles > 1), other=1)
-    token = _issue_scores(q, k_smem, k_full, step, s_layout)
-    scores = _as_scores(warpgroup_mma_wait(0, deps=[token]))
-    mbarrier.arrive(k_empty.index(step % STAGES), count=1)
-    if MEANS:
-        scores = _mask_means(scores, low, high, 0, T, last_bias, RAGGED)
-    elif RAGGED:
-        scores = _mask_short(scores, (num_tiles == 1) & (last == T - 1), last_size)
-    weights, peak, rescale = _softmax(scores, peak, factor * scale, bias, FP8)
-    total = sum_in_thread(weights)
-    sum_layout: gl.constexpr = gl.SliceLayout(1, total.type.layout)
-    held = gl.convert_layout(rescale, o_row_layout)
-    if not FP8:
-        acc = acc * held[:, None]
-    for i in range(1, num_tiles):
+            j = gl.load(tile_ptr + first, mask=listed & (first < num_tiles), other=first)
+    for i in range(first, num_tiles):
         # What is read from memory here is used after the scores.
         if MEANS:
             low, high = gl.load(tile_ptr + 2 * i), gl.load(tile_ptr + 2 * i + 1)
         elif scale_ptr is not None:
             scale = gl.load(scale_ptr + j)
             j = gl.load(tile_ptr + i + 1, mask=listed & (i + 1 < num_tiles), other=gl.minimum(i + 1, T - 1))
-        token = _issue_scores(q, k_smem, k_full, step + 1, s_layout)
+        token = _issue_scores(q, k_smem.index(slot))
+        if not FP8:
+            # Behind the scores: the tensor cores have work in the meantime.
+            acc = acc * held[:, None]
         probs = _to_operand(weights, v_smem.dtype, p_layout)
-        acc_token = _issue_values(probs, v_smem, v_full, step, acc)
+        acc_token = _issue_values(probs, v_smem.index(last_slot), acc)
         scores = _as_scores(warpgroup_mma_wait(1, deps=[token]))
-        mbarrier.arrive(k_empty.index((step + 1) % STAGES), count=1)
         if MEANS:
             scores = _mask_means(scores, low, high, i * KEYS, T, last_bias, RAGGED)
         elif RAGGED:
             scores = _mask_short(scores, (i + 1 == num_tiles) & (last == T - 1), last_size)
         weights, peak, rescale = _softmax(scores, peak, factor * scale, bias, FP8)
         added = sum_in_thread(weights)
+        after, after_phase = next_slot(slot, phase, STAGES)
         # Here and not where it is needed: a branch keeps the assembler from moving the next wait up to before the
         # softmax.
-        if i + 1 < num_tiles:
-            mbarrier.wait(k_full.index((step + 2) % STAGES), ((step + 2) // STAGES) & 1)
+        if i + 1 < num_waits:
+            mbarrier.wait(full.index(after), after_phase)
         product = warpgroup_mma_wait(0, deps=[acc_token])
-        mbarrier.arrive(v_empty.index(step % STAGES), count=1)
+        mbarrier.arrive(empty.index(last_slot), count=1)
         if FP8:
             acc = acc * held[:, None] + product
-            held = gl.convert_layout(rescale, o_row_layout)
         else:
-            acc = product * gl.convert_layout(rescale, o_row_layout)[:, None]
+            acc = product
+        held = gl.convert_layout(rescale, gl.SliceLayout(1, o_layout))
         total = total * gl.convert_layout(rescale, sum_layout)[:, None] + added
-        step += 1
-    probs = _to_operand(weights, v_smem.dtype, p_layout)
-    acc_token = _issue_values(probs, v_smem, v_full, step, acc)
-    row_total = gl.convert_layout(gl.sum(total, 1), o_row_layout)
-    return acc, acc_token, held, row_total, gl.convert_layout(peak, o_row_layout), step
+        last_slot, slot, phase = slot, after, after_phase
+    return acc, weights, peak, held, total, last_slot, slot, phase
 
 
 @gluon.jit
-def finish(acc, token, held, v_smem, v_empty, step):
-    """The sums of `stream` with the last tile's, and the ring slot after it."""
+def issue_last(acc, weights, held, v_smem, last_slot):
+    """The last tile's product with the values, in flight, for `finish`; what is left to do meanwhile is the caller's."""
+    if v_smem.dtype != gl.float8e4nv:
+        acc = acc * held[:, None]
+    p_layout: gl.constexpr = left_operand(acc.type.layout, v_smem.dtype.primitive_bitwidth // 8)
+    probs = _to_operand(weights, v_smem.dtype, p_layout)
+    return acc, _issue_values(probs, v_smem.index(last_slot), acc)
+
+
+@gluon.jit
+def finish(acc, token, held, v_smem, empty, last_slot):
+    """The sums with the last tile's."""
     product = warpgroup_mma_wait(0, deps=[token])
-    mbarrier.arrive(v_empty.index(step % v_smem.shape[0]), count=1)
+    mbarrier.arrive(empty.index(last_slot), count=1)
     if v_smem.dtype == gl.float8e4nv:
         product += acc * held[:, None]
-    return product, step + 1
+    return product
+
+
+@gluon.jit
+def row_totals(total, layout: gl.constexpr):
+    """(64,) sums of the weights."""
+    return gl.convert_layout(gl.sum(total, 1), layout)

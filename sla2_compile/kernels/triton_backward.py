@@ -134,11 +134,12 @@ def _linear_tail(
     state_config = states_config(dim, k.element_size(), shared_memory(k.device))
     states = key_block_states(k, v, means.center, real, order, factor, settings, state_config)
     bits = index.bits.view(batch, -1, blocks, index.bits.shape[2])
-    mask = tail_mask(bits, means.n, factor, k.shape[1], q.dtype)  # (B G, H / G M, T)
+    mask = tail_mask(bits, means.n, factor, k.shape[1], q.dtype)  # (B G, H / G M, padded T)
     states = tail_states(mask, states).view(-1, blocks, dim + 1, dim)
     d_state, d_normalizer = linear_query_gradients(dq, grad_out, q, states, rows, order, settings, config, state_config)
     del states
     # H came with factor twice, dh goes with it once more.
+    mask = mask[:, :, : means.n.shape[1]]
     dh = (mask.mT @ d_state.view(*mask.shape[:2], -1)).unflatten(2, (dim, dim))
     dz = mask.float().mT @ d_normalizer.view(*mask.shape[:2], -1)
     dk_sum = linear_key_gradients(dk, dv, k, v, means.center, real, order, dh, dz, factor, settings, config)

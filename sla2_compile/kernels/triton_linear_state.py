@@ -13,21 +13,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.settings import Settings
-from sla2_compile.kernels.triton_backward_linear_keys import key_block_states, states_config
+from sla2_compile.kernels.triton_backward_linear_keys import key_block_states, padded_key_blocks, states_config
 
 
 @triton.jit
-def _tail_mask_kernel(bits_ptr, n_ptr, mask_ptr, value, HM, T, W, mask_stride, KEYS: tl.constexpr):
+def _tail_mask_kernel(bits_ptr, n_ptr, mask_ptr, value, HM, T, W, T_PADDED, KEYS: tl.constexpr):
     """Grid (B H M,): `value` where a key block is in a query block's tail, else 0. HM: query blocks of a batch."""
     row = tl.program_id(0).to(tl.int64)
-    for first in range(0, T, KEYS):
+    for first in range(0, T_PADDED, KEYS):
         j = first + tl.arange(0, KEYS)
         words = tl.load(bits_ptr + row * W + (j >> 5), mask=j < T, other=-1)
         n = tl.load(n_ptr + row // HM * T + j, mask=j < T, other=0.0)
         mask = tl.where(((words >> (j & 31)) & 1 == 0) & (n > 0), value, 0.0)
-        tl.store(mask_ptr + row * mask_stride + j, mask.to(mask_ptr.dtype.element_ty), mask=j < T)
+        tl.store(mask_ptr + row * T_PADDED + j, mask.to(mask_ptr.dtype.element_ty), mask=j < T_PADDED)
 
 
 def tail_mask(bits: Tensor, n: Tensor, value: float, key_heads: int, dtype: torch.dtype) -> Tensor:
@@ -41,20 +40,19 @@ def tail_mask(bits: Tensor, n: Tensor, value: float, key_heads: int, dtype: torc
         dtype: of the mask.
 
     Returns:
-        (B G, H / G M, T): `value` where the query block does not keep the key block and that is not empty, else 0.
+        (B G, H / G M, `padded_key_blocks` of T): `value` where the query block does not keep the key block and that is
+        not empty, else 0.
     """
     (batch, heads, blocks, words), T = bits.shape, n.shape[1]
-    # The copy engine needs rows that begin at multiples of 16 bytes; without it a matmul takes several times as long.
-    stride = num_blocks(T, 16) * 16
-    mask = n.new_empty(batch * key_heads, heads // key_heads * blocks, stride, dtype=dtype)[:, :, :T]
+    mask = n.new_empty(batch * key_heads, heads // key_heads * blocks, padded_key_blocks(T), dtype=dtype)
     _tail_mask_kernel[batch * heads * blocks,](
-        bits, n, mask, value, heads * blocks, T, words, stride, KEYS=512, num_warps=2
+        bits, n, mask, value, heads * blocks, T, words, mask.shape[2], KEYS=512, num_warps=2
     )
     return mask
 
 
 def tail_states(mask: Tensor, states: Tensor) -> Tensor:
-    """Sums of the key blocks' states (B G, T, D + 1, D) where the mask is not 0, times it: (B H, M, D + 1, D)."""
+    """Sums of the key blocks' states (B G, padded T, D + 1, D) where the mask is not 0, times it: (B H, M, D + 1, D)."""
     (heads, rows, _), dim = mask.shape, states.shape[3]
     return torch.bmm(mask, states.flatten(2)).view(heads, rows, dim + 1, dim)
 
