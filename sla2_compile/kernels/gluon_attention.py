@@ -357,8 +357,9 @@ def _attention_kernel(
                         out_columns, out_sn, H, GROUP, N, N_KV, M, T, slots, words, num_heads, first_exact,
                         last_exact, scale, RAGGED, TAIL, LINEAR, MAP)),
             (fetch, (q_tiles, k_tiles, v_tiles, k_bar_tiles, v_bar_tiles, state_tiles, kept_ptr, q_smem, k_smem,
-                     v_smem, k_bar_smem, v_bar_smem, state_smem, q_full, q_empty, full, empty, state_full, state_empty, q_rows, q_head_rows, q_columns, k_rows, k_head_rows, k_columns, v_rows,
-                     v_head_rows, v_columns, H, GROUP, M, T, slots, num_heads, first_exact, last_exact)),
+                     v_smem, k_bar_smem, v_bar_smem, state_smem, q_full, q_empty, full, empty, state_full, state_empty,
+                     q_rows, q_head_rows, q_columns, k_rows, k_head_rows, k_columns, v_rows, v_head_rows, v_columns, H,
+                     GROUP, M, T, slots, num_heads, first_exact, last_exact)),
         ],
         [4, 1],
         # Of a thread; the fetching warps give theirs to the groups that compute.

@@ -37,8 +37,9 @@ def _fetch_pair(k_tiles, v_tiles, k_row, k_column, v_row, v_column, k_smem, v_sm
 @gluon.jit
 def fetch(
     q_tiles, k_tiles, v_tiles, k_bar_tiles, v_bar_tiles, state_tiles, kept_ptr, q_smem, k_smem, v_smem, k_bar_smem,
-    v_bar_smem, state_smem, q_full, q_empty, full, empty, state_full, state_empty, q_rows, q_head_rows, q_columns, k_rows, k_head_rows, k_columns, v_rows, v_head_rows, v_columns, H, GROUP, M, T,
-    slots, num_heads, first_exact, last_exact,
+    v_bar_smem, state_smem, q_full, q_empty, full, empty, state_full, state_empty, q_rows, q_head_rows, q_columns,
+    k_rows, k_head_rows, k_columns, v_rows, v_head_rows, v_columns, H, GROUP, M, T, slots, num_heads, first_exact,
+    last_exact,
 ):  # fmt: skip
     """Every tensor is a matrix to it, whose rows are as far apart as two tokens; codes lie block after block.
 

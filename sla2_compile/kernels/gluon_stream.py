@@ -61,7 +61,7 @@ def sum_in_thread(weights):
 
 @gluon.jit
 def _row_maximum(scores):
-    """(64,) maxima of rows, in five steps a thread: the compiler makes of one maximum over all columns a chain of 15."""
+    """(64,) maxima of rows, in five steps a thread: one maximum over all columns is compiled to a chain of 15."""
     layout: gl.constexpr = gl.SliceLayout(1, scores.type.layout)
     pairs = gl.max(gl.reshape(scores, [ROWS, 2, 4, 4, 2]), 4)
     return gl.convert_layout(gl.max(gl.max(gl.max(pairs, 2), 1), 1), layout)
@@ -79,7 +79,8 @@ def _issue_scores(q, keys):
 def _issue_values(probs, values, acc):
     """FP8 products are summed apart, since the tensor cores add them up with few bits."""
     if values.dtype == gl.float8e4nv:
-        empty = gl.zeros([ROWS, acc.shape[1]], gl.float32, layout=acc.type.layout)
+        layout: gl.constexpr = acc.type.layout
+        empty = gl.zeros([ROWS, acc.shape[1]], gl.float32, layout=layout)
         return warpgroup_mma(probs, values.permute((1, 0)), empty, use_acc=False, is_async=True)
     else:
         return warpgroup_mma(probs, values, acc, is_async=True)
@@ -99,7 +100,8 @@ def _mask_short(scores, is_short, last_size):
 def _mask_means(scores, low, high, first, T, last_bias, RAGGED: gl.constexpr):
     """-inf for means of kept blocks, whose bits in the two words are set; `last_bias` for that of the short block."""
     column = gl.arange(0, KEYS, layout=gl.SliceLayout(0, scores.type.layout))
-    word = gl.where(column < 32, low, high) >> (column & 31)
+    # In two parts: the first is the same for all columns of a thread, the second a constant.
+    word = (gl.where(column < 32, low, high) >> (column & 6)) >> (column & 25)
     scores = gl.where(((word & 1) == 0)[None, :], scores, float("-inf"))
     if RAGGED:
         for _ in range((first + KEYS >= T).to(gl.int32)):
@@ -264,10 +266,7 @@ def stream(
             mbarrier.wait(full.index(after), after_phase)
         product = warpgroup_mma_wait(0, deps=[acc_token])
         mbarrier.arrive(empty.index(last_slot), count=1)
-        if FP8:
-            acc = acc * held[:, None] + product
-        else:
-            acc = product
+        acc = acc * held[:, None] + product if FP8 else product
         held = gl.convert_layout(rescale, gl.SliceLayout(1, o_layout))
         total = total * gl.convert_layout(rescale, sum_layout)[:, None] + added
         last_slot, slot, phase = slot, after, after_phase
@@ -276,7 +275,7 @@ def stream(
 
 @gluon.jit
 def issue_last(acc, weights, held, v_smem, last_slot):
-    """The last tile's product with the values, in flight, for `finish`; what is left to do meanwhile is the caller's."""
+    """The sums and, in flight, the last tile's product with the values, both for `finish`."""
     if v_smem.dtype != gl.float8e4nv:
         acc = acc * held[:, None]
     p_layout: gl.constexpr = left_operand(acc.type.layout, v_smem.dtype.primitive_bitwidth // 8)

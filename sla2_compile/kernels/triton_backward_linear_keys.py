@@ -50,7 +50,7 @@ def states_config(dim: int, itemsize: int, shared_memory: int) -> LinearConfig:
 def padded_key_blocks(T: int) -> int:
     """How many key blocks a sum over T of them runs over, the last ones empty.
 
-    The library's fastest matmuls, which are fed by the copy engine, want rows and sums of multiples of 16 bytes; without
+    The library's fastest matmuls, which the copy engine feeds, want rows and sums of multiples of 16 bytes; without
     them a sum took three times as long at 720p.
     """
     return num_blocks(T, 16) * 16

@@ -52,9 +52,8 @@ def tail_mask(bits: Tensor, n: Tensor, value: float, key_heads: int, dtype: torc
 
 
 def tail_states(mask: Tensor, states: Tensor) -> Tensor:
-    """Sums of the key blocks' states (B G, padded T, D + 1, D) where the mask is not 0, times it: (B H, M, D + 1, D)."""
-    (heads, rows, _), dim = mask.shape, states.shape[3]
-    return torch.bmm(mask, states.flatten(2)).view(heads, rows, dim + 1, dim)
+    """Sums of states (B G, padded T, D + 1, D) where the mask is not 0, times it: (B G, H / G M, D + 1, D)."""
+    return torch.bmm(mask, states.flatten(2)).unflatten(2, states.shape[2:])
 
 
 def linear_states(
