@@ -15,6 +15,14 @@ CASES = {
     "pooled, batch": dataclasses.replace(POOLED, batch=2, q_len=130, kv_len=200),
     "pooled, exact ends": dataclasses.replace(POOLED, q_len=400, kv_len=400, exact_prefix=70, exact_suffix=10),
     "pooled, more keys": dataclasses.replace(POOLED, q_len=64, kv_len=64 * 70 + 5, sparsity=0.97),
+    "pooled, learned": dataclasses.replace(POOLED, learned=True, **RAGGED),
+    "pooled, learned, many means": dataclasses.replace(
+        POOLED, learned=True, q_len=200, kv_len=64 * 130, exact_prefix=64 * 70, sparsity=0.97
+    ),
+    "pooled, block": dataclasses.replace(POOLED, learned=True, mixing="block", dim=128, heads=2),
+    "pooled, learned, qk int8, pv fp8": dataclasses.replace(
+        POOLED, learned=True, qk_format="int8", pv_format="fp8", key_offset=2.0, **RAGGED
+    ),
     "linear": PAPERS,
     "linear, head dim 128": dataclasses.replace(PAPERS, dim=128, **RAGGED),
     "linear, elu, batch": dataclasses.replace(PAPERS, feature_map="elu", batch=2, q_len=130, kv_len=200),

@@ -6,8 +6,9 @@ tensor cores multiply the last tile's probabilities with its values; the groups 
 one's softmax hides the other's matmuls. Programs are persistent: the fetching warp is already at the next query block
 while the last one is finished.
 
-Kept keys and block means are one softmax here, which pooled tail and row mixing without a learned gain are. A linear
-tail with block mixing adds phi(q) H / (phi(q) . Z) with one more matmul. All else is `triton_mixture.py`'s.
+Kept keys and block means are one softmax here where they can be, with a pooled tail and row mixing without a learned
+gain; otherwise two, one after the other. A linear tail with block mixing adds phi(q) H / (phi(q) . Z) with one more
+matmul. All else is `triton_mixture.py`'s.
 """
 
 from __future__ import annotations
@@ -57,6 +58,8 @@ LN_2 = gl.constexpr(0.6931471805599453)
 LOG2_SMALLEST = gl.constexpr(-149.0)
 # As in reference.py: a row of the linear tail whose weights sum to less has none.
 MIN_LINEAR_WEIGHT = gl.constexpr(1e-30)
+# Below every score of finite inputs.
+LOWEST_PEAK = gl.constexpr(-1e38)
 
 
 @gluon.jit
@@ -117,11 +120,11 @@ def _write_rows(tiles, ptr, x, smem, row, column, first, N, pitch):
 
 @gluon.jit
 def _consume(
-    part: gl.constexpr, out_tiles, sparse_out_tiles, kept_ptr, bits_ptr, logit_ptr, q_scale_ptr, k_scale_ptr,
+    part: gl.constexpr, out_tiles, sparse_out_tiles, kept_ptr, bits_ptr, logit_ptr, gain_ptr, q_scale_ptr, k_scale_ptr,
     v_scale_ptr, center_ptr, states_ptr, out_ptr, sparse_out_ptr, sparse_lse_ptr, tail_lse_ptr, q_smem, k_smem, v_smem,
     k_bar_smem, v_bar_smem, state_smem, q_full, q_empty, full, empty, state_full, state_empty, out_rows,
     out_head_rows, out_columns, out_sn, H, GROUP, N, N_KV, M, T, slots, words, num_heads, first_exact, last_exact,
-    scale, RAGGED: gl.constexpr, TAIL: gl.constexpr, LINEAR: gl.constexpr, MAP: gl.constexpr,
+    scale, RAGGED: gl.constexpr, TAIL: gl.constexpr, LINEAR: gl.constexpr, APART: gl.constexpr, MAP: gl.constexpr,
 ):  # fmt: skip
     """One group of warps: its half of every query block of this program."""
     D: gl.constexpr = q_smem.shape[2]
@@ -129,7 +132,7 @@ def _consume(
     dtype: gl.constexpr = q_smem.dtype
     FP8_VALUES: gl.constexpr = v_smem.dtype == gl.float8e4nv
     # Kept keys and means in one stretch, where nothing is written between and both are of one kind.
-    JOINED: gl.constexpr = TAIL and not SAVE and k_smem.dtype == dtype and v_smem.dtype == dtype
+    JOINED: gl.constexpr = TAIL and not SAVE and not APART and k_smem.dtype == dtype and v_smem.dtype == dtype
     KEY_BYTES: gl.constexpr = k_smem.dtype.primitive_bitwidth // 8
     o_layout: gl.constexpr = out_layout(D, 2)
     row_layout: gl.constexpr = gl.SliceLayout(1, o_layout)
@@ -177,7 +180,7 @@ def _consume(
         peak = gl.full([64], float("-inf"), gl.float32, layout=gl.SliceLayout(1, kept_layout))
         # In base 2, what a learned logit adds to the scores of kept keys that share a softmax with means.
         bias = 0.0
-        if TAIL:
+        if TAIL and not APART:
             bias = logit * LOG2_E
         kept_factor = factor
         q = q_block.load(q_layout)
@@ -253,8 +256,9 @@ def _consume(
         row = first_row + gl.arange(0, 64, layout=row_layout)
         lse = gl.zeros([64], gl.float32, layout=row_layout)
         tail_lse = lse
-        if SAVE:
+        if SAVE or APART:
             sparse_out = acc * (1 / total)[:, None]
+        if SAVE:
             _write_rows(
                 sparse_out_tiles, sparse_out_ptr, sparse_out.to(dtype), q_block, out_row, out_column, first_row, N,
                 out_sn,
@@ -265,10 +269,17 @@ def _consume(
             if LINEAR:
                 # Nobody reads it but where there is no tail.
                 tail_lse = gl.where(count == T, tail_lse, 0.0)
+        elif APART:
+            # It waits there, in 16 bit, while the registers are the tail's.
+            q_block.store(sparse_out.to(dtype))
         gl.store(sparse_lse_ptr + wide_head * N + row, lse, mask=row < N)
         if TAIL and not JOINED:
             if num_means > 0:
-                before = peak
+                before, kept_total = peak, total
+                if APART:
+                    acc = gl.zeros([64, D], gl.float32, layout=o_layout)
+                    # Not -inf, since all means of a tile can be those of kept blocks.
+                    peak = gl.full([64], LOWEST_PEAK, gl.float32, layout=row_layout)
                 first_slot = slot
                 mean_weights, mean_peak, mean_held, mean_total, slot, phase = begin(
                     acc, peak, q, k_bar_smem, v_bar_smem, full, slot, phase, num_means, num_means, factor, MEAN_BIAS,
@@ -283,11 +294,18 @@ def _consume(
                 added = row_totals(mean_total, row_layout)
                 peak = gl.convert_layout(mean_peak, row_layout)
                 acc = finish(acc, mean_token, mean_held, v_bar_smem, empty, last_slot)
-                total = total * gl.exp2(before - peak) + added
+                total = kept_total * gl.exp2(before - peak) + added
                 if SAVE:
                     # A tail too small beside the kept keys for its sum to be above 0 is still no empty one.
                     size = gl.where(added > 0, gl.log2(gl.where(added > 0, added, 1.0)), LOG2_SMALLEST)
                     tail_lse = (peak + size) * LN_2
+                if APART:
+                    share = gl.full([64], logit * LOG2_E, gl.float32, layout=row_layout)
+                    if gain_ptr is not None:
+                        share += gl.load(gain_ptr + h) * (before + gl.log2(kept_total) - peak - gl.log2(added))
+                    share = 1 / (1 + gl.exp2(-share))
+                    acc = q_block.load(o_layout).to(gl.float32) * share[:, None] + acc * ((1 - share) / added)[:, None]
+                    total = gl.full([64], 1.0, gl.float32, layout=row_layout)
         gl.store(tail_lse_ptr + wide_head * N + row, tail_lse, mask=row < N)
         acc = acc * ((1 - rest) / total)[:, None]
         if LINEAR:
@@ -304,10 +322,11 @@ def _consume(
 @gluon.jit
 def _attention_kernel(
     q_tiles, k_tiles, v_tiles, k_bar_tiles, v_bar_tiles, state_tiles, out_tiles, sparse_out_tiles, kept_ptr, bits_ptr,
-    logit_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, center_ptr, states_ptr, out_ptr, sparse_out_ptr,
+    logit_ptr, gain_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, center_ptr, states_ptr, out_ptr, sparse_out_ptr,
     sparse_lse_ptr, tail_lse_ptr, q_rows, q_head_rows, q_columns, k_rows, k_head_rows, k_columns, v_rows, v_head_rows,
     v_columns, out_rows, out_head_rows, out_columns, out_sn, H, GROUP, N, N_KV, M, T, slots, words, num_heads,
-    first_exact, last_exact, scale, RAGGED: gl.constexpr, MAP: gl.constexpr, STAGES: gl.constexpr,
+    first_exact, last_exact, scale, RAGGED: gl.constexpr, APART: gl.constexpr, MAP: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """Grid: as many programs as multiprocessors. sparse_out_ptr None: nothing is saved, log-sum-exps are 0.
 
@@ -344,18 +363,18 @@ def _attention_kernel(
     fence_async_shared()
     gl.warp_specialize(
         [
-            (_consume, (gl.constexpr(0), out_tiles, sparse_out_tiles, kept_ptr, bits_ptr, logit_ptr, q_scale_ptr,
-                        k_scale_ptr, v_scale_ptr, center_ptr, states_ptr, out_ptr, sparse_out_ptr, sparse_lse_ptr,
+            (_consume, (gl.constexpr(0), out_tiles, sparse_out_tiles, kept_ptr, bits_ptr, logit_ptr, gain_ptr,
+                        q_scale_ptr, k_scale_ptr, v_scale_ptr, center_ptr, states_ptr, out_ptr, sparse_out_ptr, sparse_lse_ptr,
                         tail_lse_ptr, q_smem, k_smem, v_smem, k_bar_smem, v_bar_smem, state_smem, q_full, q_empty,
                         full, empty, state_full, state_empty, out_rows, out_head_rows,
                         out_columns, out_sn, H, GROUP, N, N_KV, M, T, slots, words, num_heads, first_exact,
-                        last_exact, scale, RAGGED, TAIL, LINEAR, MAP)),
-            (_consume, (gl.constexpr(1), out_tiles, sparse_out_tiles, kept_ptr, bits_ptr, logit_ptr, q_scale_ptr,
-                        k_scale_ptr, v_scale_ptr, center_ptr, states_ptr, out_ptr, sparse_out_ptr, sparse_lse_ptr,
+                        last_exact, scale, RAGGED, TAIL, LINEAR, APART, MAP)),
+            (_consume, (gl.constexpr(1), out_tiles, sparse_out_tiles, kept_ptr, bits_ptr, logit_ptr, gain_ptr,
+                        q_scale_ptr, k_scale_ptr, v_scale_ptr, center_ptr, states_ptr, out_ptr, sparse_out_ptr, sparse_lse_ptr,
                         tail_lse_ptr, q_smem, k_smem, v_smem, k_bar_smem, v_bar_smem, state_smem, q_full, q_empty,
                         full, empty, state_full, state_empty, out_rows, out_head_rows,
                         out_columns, out_sn, H, GROUP, N, N_KV, M, T, slots, words, num_heads, first_exact,
-                        last_exact, scale, RAGGED, TAIL, LINEAR, MAP)),
+                        last_exact, scale, RAGGED, TAIL, LINEAR, APART, MAP)),
             (fetch, (q_tiles, k_tiles, v_tiles, k_bar_tiles, v_bar_tiles, state_tiles, kept_ptr, q_smem, k_smem,
                      v_smem, k_bar_smem, v_bar_smem, state_smem, q_full, q_empty, full, empty, state_full, state_empty,
                      q_rows, q_head_rows, q_columns, k_rows, k_head_rows, k_columns, v_rows, v_head_rows, v_columns, H,
@@ -373,10 +392,13 @@ def _is_eligible(inputs: AttentionInputs, settings: Settings) -> bool:
     blocks = (settings.block_q, settings.block_k) == (BLOCK_Q, BLOCK_K)
     plain = inputs.real is None and inputs.order is None and inputs.k.shape[2] > 1
     smooth = inputs.codes.v is None or inputs.codes.k is not None
-    one_softmax = settings.tail == "pooled" and settings.mixing == "row" and inputs.alpha_gain is None
-    one_more_matmul = settings.tail == "linear" and settings.mixing == "block"
-    tail = one_softmax or one_more_matmul or not inputs.has_tail
+    tail = settings.tail == "pooled" or settings.mixing == "block" or not inputs.has_tail
     return on_hopper and fits and blocks and plain and smooth and tail
+
+
+def _is_one_softmax(inputs: AttentionInputs, settings: Settings) -> bool:
+    """Whether a pooled tail is mixed as if its means were keys."""
+    return settings.mixing == "row" and inputs.alpha_gain is None
 
 
 def attend(outputs: Outputs, inputs: AttentionInputs, settings: Settings) -> bool:
@@ -400,13 +422,13 @@ def attend(outputs: Outputs, inputs: AttentionInputs, settings: Settings) -> boo
     exact = settings.exact_queries(q_len, kv_len)
     shifts = codes.k is None and outputs.sparse_out is not None
     _attention_kernel[min(num_multiprocessors(q.device), batch * heads * blocks),](
-        *tiles, inputs.kept, inputs.bits, inputs.alpha_logit, codes.q_scale, codes.k_scale, codes.v_scale,
+        *tiles, inputs.kept, inputs.bits, inputs.alpha_logit, inputs.alpha_gain, codes.q_scale, codes.k_scale, codes.v_scale,
         statistics.center if shifts else None, states,
         outputs.out, outputs.sparse_out, outputs.sparse_lse, outputs.tail_lse,
         *(step for x in (q, k, v, outputs.out) for step in matrix_steps(x)), outputs.out.stride(2),
         heads, heads // key_heads, q_len, kv_len, blocks, T, slots, inputs.bits.shape[3], batch * heads,
         exact.num_first, exact.last_start, settings.scale,
-        RAGGED=kv_len % BLOCK_K != 0, MAP=settings.feature_map,
+        RAGGED=kv_len % BLOCK_K != 0, APART=pooled and not _is_one_softmax(inputs, settings), MAP=settings.feature_map,
         STAGES=_num_stages(dim, inputs, pooled=pooled), num_warps=4,
     )  # fmt: skip
     return True
