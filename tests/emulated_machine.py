@@ -51,6 +51,7 @@ class Group:
         self.products: list[Any] = []  # issued to the tensor cores and not waited for
         self.copies_out: list[Any] = []  # to global memory, not waited for
         self.stores: list[Any] = []  # to shared memory, not fenced
+        self.row_copies: list[list[Any]] = [[]]  # of its threads into shared memory; the last are not committed yet
 
     @property
     def clock(self) -> int:
@@ -87,7 +88,7 @@ class Machine:
             try:
                 if self.error is None:
                     results[group.number] = function(*arguments)
-                    if group.products or group.copies_out:
+                    if group.products or group.copies_out or any(group.row_copies):
                         raise Hazard(f"group {group.number} ends with asynchronous work that it has not waited for")
             except _Stopped:
                 pass

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from emulated_machine import MAX_GROUPS, Barrier, Group, Hazard, Machine, _kernel_line
-from emulated_values import DTYPES, NAMES, Value, lift
+from emulated_values import DTYPES, NAMES, Pointer, Value, lift, load
 from torch import Tensor
 
 # Of a read that is not over.
@@ -44,6 +44,16 @@ class Store:
 
     def is_known_to(self, group: Group) -> bool:
         return group.knowledge.clocks[self.writer] >= self.clock
+
+
+@dataclass
+class RowCopy(Store):
+    """Elements that a group's threads copy asynchronously: stored when the group has waited for them."""
+
+    landed: bool = False
+
+    def is_known_to(self, group: Group) -> bool:
+        return self.landed and super().is_known_to(group)
 
 
 class SharedMemory:
@@ -222,6 +232,32 @@ def copy_in(tiles: Tiles, corner: Sequence[Any], barrier: Barriers, target: Shar
     machine.num_copies += 1
     target.write(data, copy)
     barrier.one.copies.append(copy)
+
+
+def copy_rows(machine: Machine, target: SharedMemory, pointer: Pointer, mask: Any = None, **_: Any) -> None:
+    """async_copy.async_copy_global_to_shared."""
+    value = load(pointer, mask)
+    assert value.shape == target.shape, f"{value.shape} into {target.shape}"
+    group = machine.current
+    event = RowCopy(group.number, group.clock)
+    target.write(value.data, event)
+    group.row_copies[-1].append(event)
+
+
+def commit_row_copies(machine: Machine) -> None:
+    """async_copy.commit_group."""
+    machine.current.row_copies.append([])
+
+
+def wait_for_row_copies(machine: Machine, num_outstanding: Any) -> None:
+    """async_copy.wait_group: all but the last groups are stores now, which the tensor cores see behind a fence."""
+    group = machine.current
+    committed = group.row_copies[:-1]
+    finished = committed[: max(0, len(committed) - int(num_outstanding))]
+    for event in (event for events in finished for event in events):
+        event.landed, event.clock = True, group.clock
+        group.stores.append(event)
+    del group.row_copies[: len(finished)]
 
 
 @dataclass

@@ -8,6 +8,9 @@ from kernel_cases import Case
 
 POOLED = Case(heads=1, kv_heads=1, q_len=256, kv_len=320, dim=64, block_q=128, block_k=64, learned=False, sparsity=0.6)
 PAPERS = dataclasses.replace(POOLED, tail="linear", mixing="block", learned=True, key_offset=1.0)
+TILES = dataclasses.replace(
+    POOLED, q_len=5 * 7 * 9 + 20, kv_len=5 * 7 * 9 + 20, token_grid=(5, 7, 9), exact_prefix=8, exact_suffix=12
+)
 RAGGED = {"q_len": 170, "kv_len": 333}
 CASES = {
     "pooled": POOLED,
@@ -23,6 +26,10 @@ CASES = {
     "pooled, learned, qk int8, pv fp8": dataclasses.replace(
         POOLED, learned=True, qk_format="int8", pv_format="fp8", key_offset=2.0, **RAGGED
     ),
+    "tiles": TILES,
+    "tiles, learned, batch": dataclasses.replace(TILES, learned=True, batch=2, heads=2),
+    "tiles, linear, head dim 128": dataclasses.replace(TILES, tail="linear", mixing="block", dim=128, key_offset=1.0),
+    "tiles, dense": dataclasses.replace(TILES, sparsity=0.0),
     "linear": PAPERS,
     "linear, head dim 128": dataclasses.replace(PAPERS, dim=128, **RAGGED),
     "linear, elu, batch": dataclasses.replace(PAPERS, feature_map="elu", batch=2, q_len=130, kv_len=200),

@@ -25,7 +25,7 @@ from emulated_machine import Barrier, Machine
 from emulated_values import FUNCTIONS, Pointer, Value, lift
 from torch import Tensor
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia import hopper
+from triton.experimental.gluon.language.nvidia import ampere, hopper
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.runtime.jit import JITFunction
 
@@ -84,7 +84,13 @@ class Program:
             ),
             "fence_async_shared": lambda **_: memory.fence(machine),
         }
+        row_copies = {
+            "async_copy_global_to_shared": functools.partial(memory.copy_rows, machine),
+            "commit_group": lambda: memory.commit_row_copies(machine),
+            "wait_group": lambda num_outstanding=0: memory.wait_for_row_copies(machine, num_outstanding),
+        }
         self._emulated = {id(gl): _Namespace(gl, functions), id(hopper): _Namespace(hopper, hopper_functions)}
+        self._emulated[id(ampere.async_copy)] = _Namespace(ampere.async_copy, row_copies)
         for name, emulated in hopper_functions.items():
             self._emulated[id(getattr(hopper, name))] = emulated
         self._builtins = {"range": _range, "min": functions["minimum"], "max": functions["maximum"]}

@@ -22,7 +22,7 @@ def query_block(index, num_heads, M, first_exact, last_exact):
 
 
 @gluon.jit
-def _fetch_pair(k_tiles, v_tiles, k_row, k_column, v_row, v_column, k_smem, v_smem, full, empty, slot, phase):
+def fetch_pair(k_tiles, v_tiles, k_row, k_column, v_row, v_column, k_smem, v_smem, full, empty, slot, phase):
     """A tile of keys and one of values into a slot of their rings, once that is empty; the next slot and its phase.
 
     They share a barrier: whoever waits for the scores' keys has waited for the values that come one step later.
@@ -32,6 +32,15 @@ def _fetch_pair(k_tiles, v_tiles, k_row, k_column, v_row, v_column, k_smem, v_sm
     tma.async_copy_global_to_shared(k_tiles, [k_row, k_column], full.index(slot), k_smem.index(slot))
     tma.async_copy_global_to_shared(v_tiles, [v_row, v_column], full.index(slot), v_smem.index(slot))
     return next_slot(slot, phase, k_smem.shape[0])
+
+
+@gluon.jit
+def fetch_state(state_tiles, block, state_smem, state_full, state_empty, turn):
+    """H of a query block, which lies above its Z."""
+    mbarrier.wait(state_empty, (turn & 1) ^ 1)
+    mbarrier.expect(state_full, state_tiles.block_type.nbytes)
+    row = block * (state_smem.shape[0] + 1)
+    tma.async_copy_global_to_shared(state_tiles, [row, 0], state_full, state_smem)
 
 
 @gluon.jit
@@ -74,18 +83,16 @@ def fetch(
         count = gl.load(kept_row)
         for i in range(count):
             j = gl.load(kept_row + 1 + i, mask=count < T, other=i)
-            slot, phase = _fetch_pair(
+            slot, phase = fetch_pair(
                 k_tiles, v_tiles, k_row + j * 64, k_column, v_row + j * V_ROWS, v_column, k_smem, v_smem, full, empty,
                 slot, phase,
             )  # fmt: skip
         if k_bar_tiles is not None:
             for first in range(0, gl.where(count == T, 0, T), 64):
                 row = kv_head * T + first
-                slot, phase = _fetch_pair(
+                slot, phase = fetch_pair(
                     k_bar_tiles, v_bar_tiles, row, 0, row, 0, k_bar_smem, v_bar_smem, full, empty, slot, phase
                 )  # fmt: skip
         if state_tiles is not None:
-            mbarrier.wait(state_empty, (turn & 1) ^ 1)
-            mbarrier.expect(state_full, state_tiles.block_type.nbytes)
-            tma.async_copy_global_to_shared(state_tiles, [(head * M + m) * (D + 1), 0], state_full, state_smem)
+            fetch_state(state_tiles, head * M + m, state_smem, state_full, state_empty, turn)
         turn += 1

@@ -1,4 +1,4 @@
-"""What a group of warps does with tiles of keys and values: the inner loop of `gluon_attention.py`.
+"""What a group of warps does with tiles of keys and values: the inner loop of `gluon_consume.py`.
 
 A step issues the next tile's scores to the tensor cores, then the last tile's probabilities times its values; the
 softmax of the scores runs while the values are multiplied. At 64 rows a group and 64 keys a tile a step keeps the

@@ -1,0 +1,304 @@
+"""A group of warps of `gluon_attention.py`: its 64 rows of every query block, from queries to output."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from sla2_compile.kernels.gluon_fetch import query_block
+from sla2_compile.kernels.gluon_gather import row_layout as gathered_layout
+from sla2_compile.kernels.gluon_gather import visited_tokens
+from sla2_compile.kernels.gluon_stream import (
+    INTEGER_FLOAT,
+    MEAN_BIAS,
+    TOP_CODE,
+    begin,
+    finish,
+    issue_last,
+    left_operand,
+    out_layout,
+    pack_fp8,
+    row_totals,
+    scores_layout,
+    stream,
+)
+
+LOG2_E = gl.constexpr(1.4426950408889634)
+LN_2 = gl.constexpr(0.6931471805599453)
+# log2 of float32's smallest number above 0.
+LOG2_SMALLEST = gl.constexpr(-149.0)
+# As in reference.py: a row of the linear tail whose weights sum to less has none.
+MIN_LINEAR_WEIGHT = gl.constexpr(1e-30)
+# Below every score of finite inputs.
+LOWEST_PEAK = gl.constexpr(-1e38)
+
+
+@gluon.jit
+def _feature_map(x, MAP: gl.constexpr):
+    """phi(x), but for the row sums (64,) that a softmax divides by; those."""
+    if MAP == "softmax":
+        x = gl.exp2((x - gl.max(x, 1)[:, None]) * LOG2_E)
+        return x, gl.sum(x, 1)
+    if MAP == "elu":
+        return gl.where(x > 0, x + 1, gl.exp2(gl.minimum(x, 0.0) * LOG2_E)), gl.max(x, 1) * 0.0 + 1.0
+    return gl.maximum(x, 0.0), gl.max(x, 1) * 0.0 + 1.0
+
+
+@gluon.jit
+def _to_codes(q, scale, dtype: gl.constexpr):
+    """Queries (64, D) as codes, rounded to nearest even like `triton_low_bit.to_codes`, packed four at a time."""
+    inverse = gl.minimum(1 / scale, 1e38)
+    x = q.to(gl.float32)
+    quotient = x * inverse
+    x = gl.fma(gl.fma(-quotient, scale, x), inverse, quotient)
+    if dtype == gl.float8e4nv:
+        return pack_fp8(x)
+    else:
+        # Around 1.5 * 2^23 float32's numbers are the integers, and its last byte is theirs.
+        x = gl.minimum(gl.maximum(x, -127.0), 127.0) + INTEGER_FLOAT
+        return gl.inline_asm_elementwise(
+            """{
+            .reg .b32 low, high;
+            prmt.b32 low, $1, $2, 0x0040;
+            prmt.b32 high, $3, $4, 0x0040;
+            prmt.b32 $0, low, high, 0x5410;
+            }""",
+            "=r,r,r,r,r", [x], dtype=gl.int8, is_pure=True, pack=4,
+        )  # fmt: skip
+
+
+@gluon.jit
+def _channels(ptr, D: gl.constexpr):
+    """A vector (D,), one element a thread: it waits for its use in few registers."""
+    return gl.load(ptr + gl.arange(0, D, layout=gl.BlockedLayout([1], [32], [4], [0])))
+
+
+@gluon.jit
+def _write_rows(tiles, ptr, order_ptr, x, smem, row, column, first, N, pitch):
+    """Write (64, D) to the tokens from `first` on that exist, by way of `smem`, busy until `tma.store_wait`."""
+    D: gl.constexpr = x.shape[1]
+    smem.store(x)
+    fence_async_shared()
+    if order_ptr is None and first + 64 <= N:
+        tma.async_copy_shared_to_global(tiles, [row + first, column], smem)
+    else:
+        layout: gl.constexpr = gathered_layout(D, 4)
+        position = first + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
+        token = position
+        if order_ptr is not None:
+            token = visited_tokens(order_ptr, first, N, layout)
+        channel = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
+        pointers = ptr + (row + token).to(gl.int64)[:, None] * pitch + (column + channel)[None, :]
+        gl.store(pointers, smem.load(layout), mask=(position < N)[:, None])
+
+
+@gluon.jit
+def consume(
+    part: gl.constexpr, out_tiles, sparse_out_tiles, order_ptr, kept_ptr, bits_ptr, logit_ptr, gain_ptr, q_scale_ptr,
+    k_scale_ptr, v_scale_ptr, center_ptr, states_ptr, out_ptr, sparse_out_ptr, sparse_lse_ptr, tail_lse_ptr, q_smem,
+    k_smem, v_smem, k_bar_smem, v_bar_smem, state_smem, q_full, q_empty, full, empty, state_full, state_empty,
+    out_rows, out_head_rows, out_columns, out_sn, H, GROUP, N, N_KV, M, T, slots, words, num_heads, first_exact,
+    last_exact, scale, RAGGED: gl.constexpr, TAIL: gl.constexpr, LINEAR: gl.constexpr, APART: gl.constexpr,
+    MAP: gl.constexpr,
+):  # fmt: skip
+    """One group of warps: its half of every query block of this program."""
+    D: gl.constexpr = q_smem.shape[2]
+    SAVE: gl.constexpr = sparse_out_ptr is not None
+    dtype: gl.constexpr = q_smem.dtype
+    FP8_VALUES: gl.constexpr = v_smem.dtype == gl.float8e4nv
+    # Kept keys and means in one stretch, where nothing is written between and both are of one kind.
+    JOINED: gl.constexpr = TAIL and not SAVE and not APART and k_smem.dtype == dtype and v_smem.dtype == dtype
+    KEY_BYTES: gl.constexpr = k_smem.dtype.primitive_bitwidth // 8
+    o_layout: gl.constexpr = out_layout(D, 2)
+    row_layout: gl.constexpr = gl.SliceLayout(1, o_layout)
+    # Values in 8 bits have a layout of their own for the same registers.
+    kept_layout: gl.constexpr = out_layout(D, v_smem.dtype.primitive_bitwidth // 8)
+    q_layout: gl.constexpr = left_operand(scores_layout(2), 2)
+    codes_layout: gl.constexpr = left_operand(scores_layout(KEY_BYTES), KEY_BYTES)
+    phi_layout: gl.constexpr = left_operand(o_layout, 2)
+    last_size = N_KV - (T - 1) * 64
+    factor = scale * LOG2_E
+    # What the mean of the last, short block weighs less than the others', as a score.
+    last_bias = (gl.log2(last_size.to(gl.float32)) - MEAN_BIAS) / factor
+    # Of the ring, where the next tile arrives.
+    slot, phase = 0, 0
+    turn = 0
+    total_blocks = num_heads * M
+    head, m = query_block(gl.program_id(0), num_heads, M, first_exact, last_exact)
+    count = gl.load(kept_ptr + (head.to(gl.int64) * M + m) * (1 + slots))
+    for index in range(gl.program_id(0), total_blocks, gl.num_programs(0)):
+        wide_head = head.to(gl.int64)
+        block = wide_head * M + m
+        kept_row = kept_ptr + block * (1 + slots)
+        b, h = head // H, head % H
+        kv_head = (b * (H // GROUP) + h // GROUP).to(gl.int64)
+        logit = 0.0
+        if logit_ptr is not None:
+            logit = gl.load(logit_ptr + h * M + m)
+        # Long before they are used.
+        z, center, v_scale = 0.0, 0.0, 0.0
+        if LINEAR:
+            z = _channels(states_ptr + (block * (D + 1) + D) * D, D).to(gl.float32)
+        if SAVE and center_ptr is not None:
+            center = _channels(center_ptr + kv_head * D, D)
+        if FP8_VALUES:
+            v_scale = _channels(v_scale_ptr + kv_head * D, D)
+
+        buffer = turn & 1
+        q_block = q_smem.index(2 * buffer + part)
+        mbarrier.wait(q_full.index(buffer), (turn >> 1) & 1)
+        if turn > 0:
+            # The last block's rows have left for memory by now, from where its queries were.
+            tma.store_wait(0)
+            mbarrier.arrive(q_empty.index(buffer ^ 1), count=1)
+        acc = gl.zeros([64, D], gl.float32, layout=kept_layout)
+        peak = gl.full([64], float("-inf"), gl.float32, layout=gl.SliceLayout(1, kept_layout))
+        # In base 2, what a learned logit adds to the scores of kept keys that share a softmax with means.
+        bias = 0.0
+        if TAIL and not APART:
+            bias = logit * LOG2_E
+        kept_factor = factor
+        q = q_block.load(q_layout)
+        kept_q = q
+        scales = k_scale_ptr
+        if k_scale_ptr is not None:
+            q_scale = gl.load(q_scale_ptr + block)
+            kept_q = _to_codes(q_block.load(codes_layout), q_scale, k_smem.dtype)
+            kept_factor = factor * q_scale
+            scales = k_scale_ptr + kv_head * T
+        num_means = 0
+        if TAIL:
+            num_means = gl.where(count == T, 0, (T + 63) // 64)
+        # Kept keys, then means where those follow at once.
+        num_waits = count
+        if JOINED:
+            num_waits += num_means
+        first_slot = slot
+        weights, peak, held, total, slot, phase = begin(
+            acc, peak, kept_q, k_smem, v_smem, full, slot, phase, count, num_waits, kept_factor, bias, kept_row + 1,
+            scales, T, last_size, 0.0, False, RAGGED,
+        )  # fmt: skip
+        acc, weights, peak, held, total, last_slot, slot, phase = stream(
+            acc, weights, peak, held, total, kept_q, k_smem, v_smem, full, empty, first_slot, slot, phase, 1, count,
+            num_waits, kept_factor, bias, kept_row + 1, scales, T, last_size, 0.0, False, RAGGED,
+        )  # fmt: skip
+        if JOINED:
+            acc, weights, peak, held, total, last_slot, slot, phase = stream(
+                acc, weights, peak, held, total, q, k_smem, v_smem, full, empty, last_slot, slot, phase, 0, num_means,
+                num_means, factor, MEAN_BIAS, bits_ptr + block * words, None, T, last_size, last_bias, True, RAGGED,
+            )  # fmt: skip
+        acc, token = issue_last(acc, weights, held, v_smem, last_slot)
+        total = row_totals(total, gl.SliceLayout(1, kept_layout))
+        peak = gl.convert_layout(peak, gl.SliceLayout(1, kept_layout))
+        if k_scale_ptr is not None or LINEAR or (TAIL and not JOINED):
+            # Read again rather than held by registers that the loop needs.
+            q = q_block.load(q_layout)
+        channel_layout: gl.constexpr = gl.SliceLayout(0, q_layout)
+        rest = 0.0
+        phi = q
+        shift = gl.zeros([64], gl.float32, layout=row_layout)
+        if SAVE and center_ptr is not None:
+            # Smoothing takes it off every score of a row; the keys here are not smoothed.
+            center = gl.convert_layout(center, channel_layout)
+            shift = gl.convert_layout(gl.sum(q.to(gl.float32) * center[None, :], 1) * scale, row_layout)
+        if LINEAR:
+            # While the last values are multiplied.
+            rest = 1 / (1 + gl.exp2(logit * LOG2_E))
+            rest = gl.where(count == T, 0.0, rest)
+            features, size = _feature_map(q.to(gl.float32), MAP)
+            mass = gl.sum(features * gl.convert_layout(z, channel_layout)[None, :], 1)
+            features = features * gl.where(mass > size * MIN_LINEAR_WEIGHT, rest / mass, 0.0)[:, None]
+            if dtype == gl.float16:
+                # As `to_finite` of the other kernels.
+                features = gl.minimum(features, 65504.0)
+            phi = gl.convert_layout(features.to(dtype), phi_layout)
+        # The next block, while the last values are multiplied.
+        next_head, next_m = query_block(index + gl.num_programs(0), num_heads, M, first_exact, last_exact)
+        next_count = gl.load(
+            kept_ptr + (next_head.to(gl.int64) * M + next_m) * (1 + slots),
+            mask=index + gl.num_programs(0) < total_blocks, other=1,
+        )  # fmt: skip
+        acc = finish(acc, token, held, v_smem, empty, last_slot)
+        if FP8_VALUES:
+            acc = acc * gl.convert_layout(v_scale * (1 / TOP_CODE), gl.SliceLayout(0, kept_layout))[None, :]
+            total = total * (1 / TOP_CODE)
+        acc = gl.convert_layout(acc, o_layout)
+        total = gl.convert_layout(total, row_layout)
+        peak = gl.convert_layout(peak, row_layout)
+
+        first_row = m * 128 + part * 64
+        out_row, out_column = b * out_rows + h * out_head_rows, h * out_columns
+        row = first_row + gl.arange(0, 64, layout=row_layout)
+        token_of_row = row
+        if order_ptr is not None:
+            token_of_row = visited_tokens(order_ptr, first_row, N, o_layout)
+        lse = gl.zeros([64], gl.float32, layout=row_layout)
+        tail_lse = lse
+        if SAVE or APART:
+            sparse_out = acc * (1 / total)[:, None]
+        if SAVE:
+            _write_rows(
+                sparse_out_tiles, sparse_out_ptr, order_ptr, sparse_out.to(dtype), q_block, out_row, out_column,
+                first_row, N, out_sn,
+            )  # fmt: skip
+            tma.store_wait(0)
+            lse = (peak - bias + gl.log2(total)) * LN_2 - shift
+            tail_lse = gl.full([64], float("-inf"), gl.float32, layout=row_layout)
+            if LINEAR:
+                # Nobody reads it but where there is no tail.
+                tail_lse = gl.where(count == T, tail_lse, 0.0)
+        elif APART:
+            # It waits there, in 16 bit, while the registers are the tail's.
+            q_block.store(sparse_out.to(dtype))
+        gl.store(sparse_lse_ptr + wide_head * N + token_of_row, lse, mask=row < N)
+        if TAIL and not JOINED:
+            if num_means > 0:
+                before, kept_total = peak, total
+                if APART:
+                    acc = gl.zeros([64, D], gl.float32, layout=o_layout)
+                    # Not -inf, since all means of a tile can be those of kept blocks.
+                    peak = gl.full([64], LOWEST_PEAK, gl.float32, layout=row_layout)
+                first_slot = slot
+                mean_weights, mean_peak, mean_held, mean_total, slot, phase = begin(
+                    acc, peak, q, k_bar_smem, v_bar_smem, full, slot, phase, num_means, num_means, factor, MEAN_BIAS,
+                    bits_ptr + block * words, None, T, last_size, last_bias, True, RAGGED,
+                )  # fmt: skip
+                acc, mean_weights, mean_peak, mean_held, mean_total, last_slot, slot, phase = stream(
+                    acc, mean_weights, mean_peak, mean_held, mean_total, q, k_bar_smem, v_bar_smem, full, empty,
+                    first_slot, slot, phase, 1, num_means, num_means, factor, MEAN_BIAS, bits_ptr + block * words,
+                    None, T, last_size, last_bias, True, RAGGED,
+                )  # fmt: skip
+                acc, mean_token = issue_last(acc, mean_weights, mean_held, v_bar_smem, last_slot)
+                added = row_totals(mean_total, row_layout)
+                peak = gl.convert_layout(mean_peak, row_layout)
+                acc = finish(acc, mean_token, mean_held, v_bar_smem, empty, last_slot)
+                total = kept_total * gl.exp2(before - peak) + added
+                if SAVE:
+                    # A tail too small beside the kept keys for its sum to be above 0 is still no empty one.
+                    size = gl.where(added > 0, gl.log2(gl.where(added > 0, added, 1.0)), LOG2_SMALLEST)
+                    tail_lse = (peak + size) * LN_2
+                if APART:
+                    share = gl.full([64], logit * LOG2_E, gl.float32, layout=row_layout)
+                    if gain_ptr is not None:
+                        share += gl.load(gain_ptr + h) * (before + gl.log2(kept_total) - peak - gl.log2(added))
+                    share = 1 / (1 + gl.exp2(-share))
+                    acc = q_block.load(o_layout).to(gl.float32) * share[:, None] + acc * ((1 - share) / added)[:, None]
+                    total = gl.full([64], 1.0, gl.float32, layout=row_layout)
+        gl.store(tail_lse_ptr + wide_head * N + token_of_row, tail_lse, mask=row < N)
+        acc = acc * ((1 - rest) / total)[:, None]
+        if LINEAR:
+            mbarrier.wait(state_full, turn & 1)
+            token = warpgroup_mma(phi, state_smem, acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=[token])
+            mbarrier.arrive(state_empty, count=1)
+        _write_rows(out_tiles, out_ptr, order_ptr, acc.to(dtype), q_block, out_row, out_column, first_row, N, out_sn)
+        head, m, count = next_head, next_m, next_count
+        turn += 1
+    tma.store_wait(0)

@@ -1,0 +1,112 @@
+"""The fetching warps of `gluon_attention.py` where tokens are visited in an order of their own: they gather rows.
+
+The copy engine takes rows that are neighbours in memory, and tokens of a 4 x 4 x 4 tile are not, so four warps copy
+row after row into the same rings. Such a copy announces nothing: the warps wait for it a tile or two later and then
+tell the groups that compute. Block means and states have no order and come by the copy engine.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+
+from sla2_compile.kernels.gluon_fetch import fetch_pair, fetch_state, query_block
+from sla2_compile.kernels.gluon_stream import next_slot
+
+ROWS = gl.constexpr(64)
+# Of a ring: two tiles are held by whoever waits for the next one, and one more is on its way.
+MIN_STAGES = 4
+
+
+@gluon.constexpr_function
+def row_layout(dim, num_warps):
+    """Layout of (64, dim) tokens, 16 bytes a thread and all of a row in neighbouring threads."""
+    return gl.BlockedLayout([1, 8], [256 // dim, dim // 8], [num_warps, 1], [1, 0])
+
+
+@gluon.jit
+def visited_tokens(order_ptr, first, length, layout: gl.constexpr):
+    """The model's tokens (64,) at the visited positions from `first` on; past the end any token."""
+    position = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    return gl.load(order_ptr + gl.minimum(position, length - 1))
+
+
+@gluon.jit
+def _copy_rows(ptr, pitch, row, column, order_ptr, first, length, smem):
+    D: gl.constexpr = smem.shape[1]
+    layout: gl.constexpr = row_layout(D, 4)
+    token = visited_tokens(order_ptr, first, length, layout)
+    channel = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
+    pointers = ptr + (row + token).to(gl.int64)[:, None] * pitch + (column + channel)[None, :]
+    async_copy.async_copy_global_to_shared(smem, pointers)
+
+
+@gluon.jit
+def _announce(full, slot, STAGES: gl.constexpr):
+    """Tell the groups of a tile that has been waited for; the slot after it."""
+    # The tensor cores read what ordinary copies wrote.
+    fence_async_shared()
+    mbarrier.arrive(full.index(slot), count=1)
+    return gl.where(slot + 1 == STAGES, 0, slot + 1)
+
+
+@gluon.jit
+def gather(
+    q_ptr, k_ptr, v_ptr, q_pitch, k_pitch, v_pitch, order_ptr, k_bar_tiles, v_bar_tiles, state_tiles, kept_ptr, q_smem,
+    k_smem, v_smem, state_smem, q_full, q_empty, full, empty, state_full, state_empty, q_rows, q_head_rows, q_columns,
+    k_rows, k_head_rows, k_columns, v_rows, v_head_rows, v_columns, H, GROUP, N, N_KV, M, T, slots, num_heads,
+    first_exact, last_exact,
+):  # fmt: skip
+    """As `gluon_fetch.fetch`. order_ptr: (N,) int32, the token at each visited position, of queries and keys alike."""
+    STAGES: gl.constexpr = k_smem.shape[0]
+    # Tiles that are on their way when the one before them is announced.
+    IN_FLIGHT: gl.constexpr = 1 if STAGES == 4 else 2
+    slot, phase = 0, 0
+    # The slot that is announced next.
+    oldest = 0
+    turn = 0
+    for index in range(gl.program_id(0), num_heads * M, gl.num_programs(0)):
+        head, m = query_block(index, num_heads, M, first_exact, last_exact)
+        b, h = head // H, head % H
+        g = h // GROUP
+        buffer = turn & 1
+        mbarrier.wait(q_empty.index(buffer), ((turn >> 1) & 1) ^ 1)
+        q_row, q_column = b * q_rows + h * q_head_rows, h * q_columns
+        # On their way with the first tile, and announced with it.
+        _copy_rows(q_ptr, q_pitch, q_row, q_column, order_ptr, m * 128, N, q_smem.index(2 * buffer))
+        _copy_rows(q_ptr, q_pitch, q_row, q_column, order_ptr, m * 128 + 64, N, q_smem.index(2 * buffer + 1))
+        k_row, k_column = b * k_rows + g * k_head_rows, g * k_columns
+        v_row, v_column = b * v_rows + g * v_head_rows, g * v_columns
+        kept_row = kept_ptr + (head.to(gl.int64) * M + m) * (1 + slots)
+        count = gl.load(kept_row)
+        j = gl.load(kept_row + 1, mask=count < T, other=0)
+        for i in range(count):
+            first = j * 64
+            j = gl.load(kept_row + 2 + i, mask=(count < T) & (i + 1 < count), other=i + 1)
+            mbarrier.wait(empty.index(slot), phase ^ 1)
+            _copy_rows(k_ptr, k_pitch, k_row, k_column, order_ptr, first, N_KV, k_smem.index(slot))
+            _copy_rows(v_ptr, v_pitch, v_row, v_column, order_ptr, first, N_KV, v_smem.index(slot))
+            async_copy.commit_group()
+            slot, phase = next_slot(slot, phase, STAGES)
+            if i >= IN_FLIGHT:
+                async_copy.wait_group(IN_FLIGHT)
+                oldest = _announce(full, oldest, STAGES)
+                if i == IN_FLIGHT:
+                    mbarrier.arrive(q_full.index(buffer), count=1)
+        async_copy.wait_group(0)
+        for _ in range(gl.minimum(count, IN_FLIGHT)):
+            oldest = _announce(full, oldest, STAGES)
+        if count <= IN_FLIGHT:
+            mbarrier.arrive(q_full.index(buffer), count=1)
+        if k_bar_tiles is not None:
+            for first in range(0, gl.where(count == T, 0, T), 64):
+                row = (b * (H // GROUP) + g) * T + first
+                slot, phase = fetch_pair(
+                    k_bar_tiles, v_bar_tiles, row, 0, row, 0, k_smem, v_smem, full, empty, slot, phase
+                )  # fmt: skip
+            oldest = slot
+        if state_tiles is not None:
+            fetch_state(state_tiles, head * M + m, state_smem, state_full, state_empty, turn)
+        turn += 1
