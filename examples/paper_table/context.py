@@ -42,7 +42,7 @@ class Context:
         path = self.storage.work / "pictures.npz"
         if not path.exists():
             raise FileNotFoundError(f"expected {path}; python -m examples.paper_table pictures makes it")
-        return ClipMaker(unpack(path), self.preset.model.clip, self.device)
+        return ClipMaker(unpack(path), self.preset.model.clip, self.device, self.preset.variety)
 
     @property
     def last_stage(self) -> str:

@@ -71,13 +71,17 @@ class TeacherStage:
             fall = min(1.0, 2 * (1 - (done + step) / total))
             return preset.teacher_lr * min(1, (step + 1) / 50) * max(0.02, fall)
 
-        checkpoint = storage.unfinished / f"{self.name}.pt"
-        seed = TEACHER_SEED + done
-        trained = train(
-            model,
-            context.maker,
-            Plan(preset.teacher_steps, preset.batch, lr, seed, preset.shift, checkpoint, context.deadline),
+        plan = Plan(
+            preset.teacher_steps,
+            preset.batch,
+            lr,
+            TEACHER_SEED + done,
+            preset.shift,
+            storage.unfinished / f"{self.name}.pt",
+            context.deadline,
+            uses_muon=True,
         )
+        trained = train(model, context.maker, plan)
         model.load_state_dict(trained.averaged)
         with autocast(context.device):
             loss = held_out_loss(model.eval(), context.held_out)

@@ -18,6 +18,7 @@ class Preset:
         name: of the preset.
         model: sizes of the transformer.
         block_q, block_k: tokens per query and key block.
+        variety: of the clips; see `ClipMaker`.
         teacher_stages, teacher_steps: how often the teacher's training starts from its averaged weights, and the steps
             of a stage. A stage is what can be carried from one machine to another.
         teacher_lr: learning rate of the teacher, which falls over the last half of all stages.
@@ -38,6 +39,7 @@ class Preset:
     model: ModelConfig
     block_q: int
     block_k: int
+    variety: float
     teacher_stages: int
     teacher_steps: int
     teacher_lr: float
@@ -57,21 +59,21 @@ class Preset:
 
 # 4,608 tokens: 72 key blocks of 64, of which 97 % leaves 2, 95 % leaves 4 and 90 % leaves 7. The model has 21 M
 # parameters, 42 MB in bfloat16. A clip costs 0.18 TFLOP forward in its linear layers and 0.30 in dense attention, so
-# 1.6 forward and backward, and a step of 8 clips 12.8. A model of like sizes, on as many tokens and clips, took 49 ms
-# a step on an H200, all included: the teacher's 6,000 steps are five minutes. A sparse row's step has 4.3 TFLOP of
-# linear layers, 17 ms at 250 TFLOP/s, and its attention waits for the host, some 30 ms for eight calls forward and
-# backward; 200 of them take 10 s. To sample is 96 clips times 23 evaluations, 2 to 4 s, and compiling a row 5 s, or 1
-# where a rehearsal has left its code in the caches. So the 34 rows of one seed are about ten minutes of one process,
-# and two on one device, which wait for the host in turns, need about seven; the 26 rows of more seeds are five more.
-# None of this has been measured yet.
+# 1.6 forward and backward, and a step of 8 clips 12.8: 42 ms on an H200 with AdamW. 6,000 such steps on clips of full
+# variety gave samples with the colours and textures of their photographs and nothing one would recognise; hence fewer
+# kinds of windows, more steps, and Muon, with which a small model needed two thirds of the steps. Stage 1 took 25 to
+# 40 s a form there. A sparse row's step has 4.3 TFLOP of linear layers, 17 ms at 250 TFLOP/s, and its attention waits
+# for the host, some 30 ms for eight calls forward and backward; 200 of them should take 10 s. To sample is 96 clips
+# times 23 evaluations, 2 to 4 s, and compiling a row 5 s, or 1 where a rehearsal has left its code in the caches.
 FULL = Preset(
     name="full",
     model=ModelConfig((16, 96, 96), (2, 4, 4), width=448, num_heads=7, num_layers=8, num_labels=len(SOURCES)),
     block_q=128,
     block_k=64,
-    teacher_stages=3,
-    teacher_steps=2000,
-    teacher_lr=5e-4,
+    variety=0.5,
+    teacher_stages=6,
+    teacher_steps=1800,
+    teacher_lr=1e-3,
     steps=200,
     lr=1e-4,
     batch=8,
@@ -107,6 +109,7 @@ TINY = Preset(
     model=ModelConfig((4, 32, 32), (2, 4, 4), width=32, num_heads=2, num_layers=1, num_labels=2),
     block_q=16,
     block_k=16,
+    variety=0.5,
     teacher_stages=2,
     teacher_steps=8,
     teacher_lr=1e-2,

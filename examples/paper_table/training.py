@@ -49,6 +49,7 @@ class Plan:
         shift: of the times; see `flow.later`.
         checkpoint: where an interrupted training waits; it holds everything and may be large.
         deadline: when to stop, on time.monotonic's clock.
+        uses_muon: the blocks' matrices learn by Muon, from fewer steps than by AdamW; for training from nothing.
         stop_after: stop when this many steps are done, as a deadline does; for tests.
     """
 
@@ -59,6 +60,7 @@ class Plan:
     shift: float
     checkpoint: Path
     deadline: float
+    uses_muon: bool = False
     stop_after: int | None = None
 
 
@@ -69,13 +71,14 @@ def train(model: VideoDiT, maker: ClipMaker, plan: Plan) -> Trained:
         OutOfTimeError: at the deadline, with a checkpoint.
     """
     device = model.cos.device
-    optimizer = torch.optim.AdamW(_groups(model), betas=(0.9, 0.95), fused=device.type == "cuda")
+    optimizers = _optimizers(model, plan.uses_muon)
     averaged = {name: p.detach().clone() for name, p in model.named_parameters()}
     result, first, total, timed = Trained(averaged=averaged), 0, 0.0, []
     if plan.checkpoint.exists():
         saved = torch.load(plan.checkpoint, map_location=device, weights_only=True)
         model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         for name, x in saved["averaged"].items():
             averaged[name].copy_(x)
         first, total, result.losses = saved["step"], saved["total"], saved["losses"]
@@ -83,20 +86,22 @@ def train(model: VideoDiT, maker: ClipMaker, plan: Plan) -> Trained:
     start = time.monotonic()
     for step in range(first, plan.steps):
         if time.monotonic() > plan.deadline or step == plan.stop_after:
-            saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "averaged": averaged}
+            saved = {"model": model.state_dict(), "averaged": averaged}
+            saved |= {"optimizers": [optimizer.state_dict() for optimizer in optimizers]}
             saved |= {"step": step, "total": running.item(), "losses": result.losses}
             torch.save(saved, plan.checkpoint)
             raise OutOfTimeError
         clips = maker.make(plan.seed + step, plan.batch)
         x, t, target = training_batch(clips, plan.seed + step, plan.shift)
-        for group in optimizer.param_groups:
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = plan.lr(step) * group["ratio"]
         with autocast(device):
             loss = F.mse_loss(model(x, t, clips.label).float(), target)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             weights = [p.detach() for p in model.parameters()]
             torch._foreach_lerp_(list(averaged.values()), weights, 1 - min(EMA_DECAY, (step + 1) / (step + 10)))
@@ -115,10 +120,27 @@ def train(model: VideoDiT, maker: ClipMaker, plan: Plan) -> Trained:
     return result
 
 
-def _groups(model: nn.Module) -> list[dict[str, Any]]:
+def _optimizers(model: VideoDiT, uses_muon: bool) -> list[torch.optim.Optimizer]:
+    linears = [layer for layer in model.blocks.modules() if isinstance(layer, nn.Linear)] if uses_muon else []
+    matrices = [layer.weight for layer in linears]
+    fused = model.cos.device.type == "cuda"
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(_groups(model, matrices), betas=(0.9, 0.95), fused=fused)
+    ]
+    if matrices:
+        group = {"params": matrices, "ratio": 1.0}
+        # Its steps are as large as AdamW's, so the same learning rate serves both.
+        optimizers.append(torch.optim.Muon([group], weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
+
+
+def _groups(model: nn.Module, apart: list[Tensor]) -> list[dict[str, Any]]:
+    """Parameters that train, but for those `apart`, in groups for AdamW."""
+    others = {id(parameter) for parameter in apart}
+
     def named(mixing: bool) -> Iterator[nn.Parameter]:
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad and (".sla2." in name) == mixing:
+            if parameter.requires_grad and (".sla2." in name) == mixing and id(parameter) not in others:
                 yield parameter
 
     groups = [{"params": list(named(False)), "ratio": 1.0, "weight_decay": 0.01}]

@@ -39,10 +39,18 @@ class ClipMaker:
         pictures: what to cut them from.
         size: (frames, height, width).
         device: where to make them.
+        variety: how much windows differ in place, zoom and angle, and move; with less, a model learns what the
+            photographs show from fewer clips.
     """
 
-    def __init__(self, pictures: Pictures, size: tuple[int, int, int], device: torch.device | str = "cpu") -> None:
-        self.size = size
+    def __init__(
+        self,
+        pictures: Pictures,
+        size: tuple[int, int, int],
+        device: torch.device | str = "cpu",
+        variety: float = 1.0,
+    ) -> None:
+        self.size, self.variety = size, variety
         self.device = torch.device(device)
         self.num_labels = len(pictures.photographs)
         side = max(max(photograph.shape[1:]) for photograph in pictures.photographs)
@@ -73,10 +81,11 @@ class ClipMaker:
         frames = self.size[0]
         time = torch.linspace(-1, 1, frames)
         label, other = pick(self.num_labels), pick(self.num_labels)
-        scale = uniform(0.35, 0.7)[:, None] * (0.2 * normal(1) * time).exp()
-        angle = 0.15 * normal(1) + 0.15 * normal(1) * time
-        center = self._centers(pick(NUM_CELLS**2 // 2), uniform(0, 1, 2), split)
-        path = center[:, None] + 0.2 * normal(2)[:, None] * time[:, None]  # (B, F, 2)
+        variety = self.variety
+        scale = uniform(0.7 - 0.35 * variety, 0.7)[:, None] * (0.2 * variety * normal(1) * time).exp()
+        angle = variety * (0.15 * normal(1) + 0.15 * normal(1) * time)
+        center = variety * self._centers(pick(NUM_CELLS**2 // 2), uniform(0, 1, 2), split)
+        path = center[:, None] + 0.2 * variety * normal(2)[:, None] * time[:, None]  # (B, F, 2)
         background = self._windows(label, scale, angle, path)
 
         disc_path = uniform(-0.8, 0.8, 2)[:, None] + 0.7 * normal(2)[:, None] * time[:, None]
