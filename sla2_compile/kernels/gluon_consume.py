@@ -106,7 +106,7 @@ def consume(
     k_smem, v_smem, k_bar_smem, v_bar_smem, state_smem, q_full, q_empty, full, empty, state_full, state_empty,
     out_rows, out_head_rows, out_columns, out_sn, H, GROUP, N, N_KV, M, T, slots, words, num_heads, first_exact,
     last_exact, scale, RAGGED: gl.constexpr, TAIL: gl.constexpr, LINEAR: gl.constexpr, APART: gl.constexpr,
-    MAP: gl.constexpr,
+    PROMOTE: gl.constexpr, MAP: gl.constexpr,
 ):  # fmt: skip
     """One group of warps: its half of every query block of this program."""
     D: gl.constexpr = q_smem.shape[2]
@@ -187,14 +187,15 @@ def consume(
         )  # fmt: skip
         acc, weights, peak, held, total, last_slot, slot, phase = stream(
             acc, weights, peak, held, total, kept_q, k_smem, v_smem, full, empty, first_slot, slot, phase, 1, count,
-            num_waits, kept_factor, bias, kept_row + 1, scales, T, last_size, 0.0, False, RAGGED,
+            num_waits, kept_factor, bias, kept_row + 1, scales, T, last_size, 0.0, False, RAGGED, PROMOTE,
         )  # fmt: skip
         if JOINED:
             acc, weights, peak, held, total, last_slot, slot, phase = stream(
                 acc, weights, peak, held, total, q, k_smem, v_smem, full, empty, last_slot, slot, phase, 0, num_means,
                 num_means, factor, MEAN_BIAS, bits_ptr + block * words, None, T, last_size, last_bias, True, RAGGED,
+                False,
             )  # fmt: skip
-        acc, token = issue_last(acc, weights, held, v_smem, last_slot)
+        acc, token = issue_last(acc, weights, held, v_smem, last_slot, PROMOTE)
         total = row_totals(total, gl.SliceLayout(1, kept_layout))
         peak = gl.convert_layout(peak, gl.SliceLayout(1, kept_layout))
         if k_scale_ptr is not None or LINEAR or (TAIL and not JOINED):
@@ -225,7 +226,7 @@ def consume(
             kept_ptr + (next_head.to(gl.int64) * M + next_m) * (1 + slots),
             mask=index + gl.num_programs(0) < total_blocks, other=1,
         )  # fmt: skip
-        acc = finish(acc, token, held, v_smem, empty, last_slot)
+        acc = finish(acc, token, held, empty, last_slot, PROMOTE)
         if FP8_VALUES:
             acc = acc * gl.convert_layout(v_scale * (1 / TOP_CODE), gl.SliceLayout(0, kept_layout))[None, :]
             total = total * (1 / TOP_CODE)
@@ -273,12 +274,12 @@ def consume(
                 acc, mean_weights, mean_peak, mean_held, mean_total, last_slot, slot, phase = stream(
                     acc, mean_weights, mean_peak, mean_held, mean_total, q, k_bar_smem, v_bar_smem, full, empty,
                     first_slot, slot, phase, 1, num_means, num_means, factor, MEAN_BIAS, bits_ptr + block * words,
-                    None, T, last_size, last_bias, True, RAGGED,
+                    None, T, last_size, last_bias, True, RAGGED, False,
                 )  # fmt: skip
-                acc, mean_token = issue_last(acc, mean_weights, mean_held, v_bar_smem, last_slot)
+                acc, mean_token = issue_last(acc, mean_weights, mean_held, v_bar_smem, last_slot, False)
                 added = row_totals(mean_total, row_layout)
                 peak = gl.convert_layout(mean_peak, row_layout)
-                acc = finish(acc, mean_token, mean_held, v_bar_smem, empty, last_slot)
+                acc = finish(acc, mean_token, mean_held, empty, last_slot, False)
                 total = kept_total * gl.exp2(before - peak) + added
                 if SAVE:
                     # A tail too small beside the kept keys for its sum to be above 0 is still no empty one.

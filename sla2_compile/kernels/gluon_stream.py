@@ -76,12 +76,14 @@ def _issue_scores(q, keys):
 
 
 @gluon.jit
-def _issue_values(probs, values, acc):
-    """FP8 products are summed apart, since the tensor cores add them up with few bits."""
+def _issue_values(probs, values, acc, APART: gl.constexpr):
+    """APART: into sums of their own."""
     if values.dtype == gl.float8e4nv:
+        values = values.permute((1, 0))
+    if APART:
         layout: gl.constexpr = acc.type.layout
         empty = gl.zeros([ROWS, acc.shape[1]], gl.float32, layout=layout)
-        return warpgroup_mma(probs, values.permute((1, 0)), empty, use_acc=False, is_async=True)
+        return warpgroup_mma(probs, values, empty, use_acc=False, is_async=True)
     else:
         return warpgroup_mma(probs, values, acc, is_async=True)
 
@@ -204,6 +206,7 @@ def begin(
 def stream(
     acc, weights, peak, held, total, q, k_smem, v_smem, full, empty, last_slot, slot, phase, first, num_tiles,
     num_waits, factor, bias, tile_ptr, scale_ptr, T, last_size, last_bias, MEANS: gl.constexpr, RAGGED: gl.constexpr,
+    PROMOTE: gl.constexpr,
 ):  # fmt: skip
     """Attend to tiles `first` to `num_tiles`, after another one whose weights are there and whose values are not.
 
@@ -222,6 +225,8 @@ def stream(
         scale_ptr: scales of the key blocks' codes, or None.
         T: number of key blocks; where num_tiles is as large, none is listed.
         last_size, last_bias: keys of the last block; what its mean weighs less than others', as a product of q and k.
+        PROMOTE: add up the tiles' products outside of the tensor cores, which cut off all but some 14 bits of FP8 sums:
+            that matters where very many tiles are added.
 
     Returns:
         acc, weights, peak, held, total and the three of the ring, for what follows.
@@ -247,11 +252,11 @@ def stream(
             scale = gl.load(scale_ptr + j)
             j = gl.load(tile_ptr + i + 1, mask=listed & (i + 1 < num_tiles), other=gl.minimum(i + 1, T - 1))
         token = _issue_scores(q, k_smem.index(slot))
-        if not FP8:
+        if not PROMOTE:
             # Behind the scores: the tensor cores have work in the meantime.
             acc = acc * held[:, None]
         probs = _to_operand(weights, v_smem.dtype, p_layout)
-        acc_token = _issue_values(probs, v_smem.index(last_slot), acc)
+        acc_token = _issue_values(probs, v_smem.index(last_slot), acc, PROMOTE)
         scores = _as_scores(warpgroup_mma_wait(1, deps=[token]))
         if MEANS:
             scores = _mask_means(scores, low, high, i * KEYS, T, last_bias, RAGGED)
@@ -266,7 +271,7 @@ def stream(
             mbarrier.wait(full.index(after), after_phase)
         product = warpgroup_mma_wait(0, deps=[acc_token])
         mbarrier.arrive(empty.index(last_slot), count=1)
-        acc = acc * held[:, None] + product if FP8 else product
+        acc = acc * held[:, None] + product if PROMOTE else product
         held = gl.convert_layout(rescale, gl.SliceLayout(1, o_layout))
         total = total * gl.convert_layout(rescale, sum_layout)[:, None] + added
         last_slot, slot, phase = slot, after, after_phase
@@ -274,21 +279,21 @@ def stream(
 
 
 @gluon.jit
-def issue_last(acc, weights, held, v_smem, last_slot):
+def issue_last(acc, weights, held, v_smem, last_slot, PROMOTE: gl.constexpr):
     """The sums and, in flight, the last tile's product with the values, both for `finish`."""
-    if v_smem.dtype != gl.float8e4nv:
+    if not PROMOTE:
         acc = acc * held[:, None]
     p_layout: gl.constexpr = left_operand(acc.type.layout, v_smem.dtype.primitive_bitwidth // 8)
     probs = _to_operand(weights, v_smem.dtype, p_layout)
-    return acc, _issue_values(probs, v_smem.index(last_slot), acc)
+    return acc, _issue_values(probs, v_smem.index(last_slot), acc, PROMOTE)
 
 
 @gluon.jit
-def finish(acc, token, held, v_smem, empty, last_slot):
+def finish(acc, token, held, empty, last_slot, PROMOTE: gl.constexpr):
     """The sums with the last tile's."""
     product = warpgroup_mma_wait(0, deps=[token])
     mbarrier.arrive(empty.index(last_slot), count=1)
-    if v_smem.dtype == gl.float8e4nv:
+    if PROMOTE:
         product += acc * held[:, None]
     return product
 
