@@ -42,17 +42,17 @@ ELEMENTS = {
 @gluon.jit
 def _bring(
     q_tiles, k_tiles, v_tiles, k_bar_tiles, v_bar_tiles, state_tiles, q_ptr, k_ptr, v_ptr, q_pitch, k_pitch, v_pitch,
-    order_ptr, kept_ptr, q_smem, k_smem, v_smem, k_bar_smem, v_bar_smem, state_smem, q_full, q_empty, full, empty,
-    state_full, state_empty, q_rows, q_head_rows, q_columns, k_rows, k_head_rows, k_columns, v_rows, v_head_rows,
-    v_columns, H, GROUP, N, N_KV, M, T, slots, num_heads, first_exact, last_exact,
+    order_ptr, k_scale_ptr, kept_ptr, q_smem, k_smem, v_smem, scale_smem, k_bar_smem, v_bar_smem, state_smem, q_full,
+    q_empty, full, empty, state_full, state_empty, q_rows, q_head_rows, q_columns, k_rows, k_head_rows, k_columns,
+    v_rows, v_head_rows, v_columns, H, GROUP, N, N_KV, M, T, slots, num_heads, first_exact, last_exact,
 ):  # fmt: skip
     """The warps that fetch tiles: one that leaves it to the copy engine, or four that gather rows."""
     if order_ptr is None:
         fetch(
-            q_tiles, k_tiles, v_tiles, k_bar_tiles, v_bar_tiles, state_tiles, kept_ptr, q_smem, k_smem, v_smem,
-            k_bar_smem, v_bar_smem, state_smem, q_full, q_empty, full, empty, state_full, state_empty, q_rows,
-            q_head_rows, q_columns, k_rows, k_head_rows, k_columns, v_rows, v_head_rows, v_columns, H, GROUP, M, T,
-            slots, num_heads, first_exact, last_exact,
+            q_tiles, k_tiles, v_tiles, k_bar_tiles, v_bar_tiles, state_tiles, k_scale_ptr, kept_ptr, q_smem, k_smem,
+            v_smem, scale_smem, k_bar_smem, v_bar_smem, state_smem, q_full, q_empty, full, empty, state_full,
+            state_empty, q_rows, q_head_rows, q_columns, k_rows, k_head_rows, k_columns, v_rows, v_head_rows,
+            v_columns, H, GROUP, M, T, slots, num_heads, first_exact, last_exact,
         )  # fmt: skip
     else:
         gather(
@@ -83,7 +83,9 @@ def _attention_kernel(
     q_smem = gl.allocate_shared_memory(q_tiles.dtype, [4] + q_tiles.block_type.shape, q_tiles.layout)
     k_smem = gl.allocate_shared_memory(k_tiles.dtype, [STAGES] + k_tiles.block_type.shape, k_tiles.layout)
     v_smem = gl.allocate_shared_memory(v_tiles.dtype, [STAGES] + v_tiles.block_type.shape, v_tiles.layout)
-    k_bar_smem, v_bar_smem, state_smem = k_smem, v_smem, q_smem
+    scale_smem, k_bar_smem, v_bar_smem, state_smem = q_smem, k_smem, v_smem, q_smem
+    if k_scale_ptr is not None:
+        scale_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     if TAIL and k_tiles.dtype != q_tiles.dtype:
         k_bar_smem = gl.allocate_shared_memory(q_tiles.dtype, [STAGES] + q_tiles.block_type.shape, q_tiles.layout)
     if TAIL and v_tiles.dtype != q_tiles.dtype:
@@ -109,22 +111,22 @@ def _attention_kernel(
     gl.warp_specialize(
         [
             (consume, (gl.constexpr(0), out_tiles, sparse_out_tiles, order_ptr, kept_ptr, bits_ptr, logit_ptr,
-                        gain_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, center_ptr, states_ptr, out_ptr,
-                        sparse_out_ptr, sparse_lse_ptr, tail_lse_ptr, q_smem, k_smem, v_smem, k_bar_smem, v_bar_smem,
+                        gain_ptr, q_scale_ptr, v_scale_ptr, center_ptr, states_ptr, out_ptr, sparse_out_ptr,
+                        sparse_lse_ptr, tail_lse_ptr, q_smem, k_smem, v_smem, scale_smem, k_bar_smem, v_bar_smem,
                         state_smem, q_full, q_empty, full, empty, state_full, state_empty, out_rows, out_head_rows,
                         out_columns, out_sn, H, GROUP, N, N_KV, M, T, slots, words, num_heads, first_exact,
                         last_exact, scale, RAGGED, TAIL, LINEAR, APART, PROMOTE, MAP)),
             (consume, (gl.constexpr(1), out_tiles, sparse_out_tiles, order_ptr, kept_ptr, bits_ptr, logit_ptr,
-                        gain_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, center_ptr, states_ptr, out_ptr,
-                        sparse_out_ptr, sparse_lse_ptr, tail_lse_ptr, q_smem, k_smem, v_smem, k_bar_smem, v_bar_smem,
+                        gain_ptr, q_scale_ptr, v_scale_ptr, center_ptr, states_ptr, out_ptr, sparse_out_ptr,
+                        sparse_lse_ptr, tail_lse_ptr, q_smem, k_smem, v_smem, scale_smem, k_bar_smem, v_bar_smem,
                         state_smem, q_full, q_empty, full, empty, state_full, state_empty, out_rows, out_head_rows,
                         out_columns, out_sn, H, GROUP, N, N_KV, M, T, slots, words, num_heads, first_exact,
                         last_exact, scale, RAGGED, TAIL, LINEAR, APART, PROMOTE, MAP)),
             (_bring, (q_tiles, k_tiles, v_tiles, k_bar_tiles, v_bar_tiles, state_tiles, q_ptr, k_ptr, v_ptr, q_pitch,
-                      k_pitch, v_pitch, order_ptr, kept_ptr, q_smem, k_smem, v_smem, k_bar_smem, v_bar_smem,
-                      state_smem, q_full, q_empty, full, empty, state_full, state_empty, q_rows, q_head_rows,
-                      q_columns, k_rows, k_head_rows, k_columns, v_rows, v_head_rows, v_columns, H, GROUP, N, N_KV, M,
-                      T, slots, num_heads, first_exact, last_exact)),
+                      k_pitch, v_pitch, order_ptr, k_scale_ptr, kept_ptr, q_smem, k_smem, v_smem, scale_smem,
+                      k_bar_smem, v_bar_smem, state_smem, q_full, q_empty, full, empty, state_full, state_empty,
+                      q_rows, q_head_rows, q_columns, k_rows, k_head_rows, k_columns, v_rows, v_head_rows, v_columns,
+                      H, GROUP, N, N_KV, M, T, slots, num_heads, first_exact, last_exact)),
         ],
         [4, 1 if order_ptr is None else 4],
         # Of a thread; the fetching warps give theirs to the groups that compute.

@@ -102,10 +102,10 @@ def _write_rows(tiles, ptr, order_ptr, x, smem, row, column, first, N, pitch):
 @gluon.jit
 def consume(
     part: gl.constexpr, out_tiles, sparse_out_tiles, order_ptr, kept_ptr, bits_ptr, logit_ptr, gain_ptr, q_scale_ptr,
-    k_scale_ptr, v_scale_ptr, center_ptr, states_ptr, out_ptr, sparse_out_ptr, sparse_lse_ptr, tail_lse_ptr, q_smem,
-    k_smem, v_smem, k_bar_smem, v_bar_smem, state_smem, q_full, q_empty, full, empty, state_full, state_empty,
-    out_rows, out_head_rows, out_columns, out_sn, H, GROUP, N, N_KV, M, T, slots, words, num_heads, first_exact,
-    last_exact, scale, RAGGED: gl.constexpr, TAIL: gl.constexpr, LINEAR: gl.constexpr, APART: gl.constexpr,
+    v_scale_ptr, center_ptr, states_ptr, out_ptr, sparse_out_ptr, sparse_lse_ptr, tail_lse_ptr, q_smem, k_smem, v_smem,
+    scale_smem, k_bar_smem, v_bar_smem, state_smem, q_full, q_empty, full, empty, state_full, state_empty, out_rows,
+    out_head_rows, out_columns, out_sn, H, GROUP, N, N_KV, M, T, slots, words, num_heads, first_exact, last_exact,
+    scale, RAGGED: gl.constexpr, TAIL: gl.constexpr, LINEAR: gl.constexpr, APART: gl.constexpr,
     PROMOTE: gl.constexpr, MAP: gl.constexpr,
 ):  # fmt: skip
     """One group of warps: its half of every query block of this program."""
@@ -167,12 +167,10 @@ def consume(
         kept_factor = factor
         q = q_block.load(q_layout)
         kept_q = q
-        scales = k_scale_ptr
-        if k_scale_ptr is not None:
+        if q_scale_ptr is not None:
             q_scale = gl.load(q_scale_ptr + block)
             kept_q = _to_codes(q_block.load(codes_layout), q_scale, k_smem.dtype)
             kept_factor = factor * q_scale
-            scales = k_scale_ptr + kv_head * T
         num_means = 0
         if TAIL:
             num_means = gl.where(count == T, 0, (T + 63) // 64)
@@ -182,23 +180,23 @@ def consume(
             num_waits += num_means
         first_slot = slot
         weights, peak, held, total, slot, phase = begin(
-            acc, peak, kept_q, k_smem, v_smem, full, slot, phase, count, num_waits, kept_factor, bias, kept_row + 1,
-            scales, T, last_size, 0.0, False, RAGGED,
+            acc, peak, kept_q, k_smem, v_smem, scale_smem, full, slot, phase, count, num_waits, kept_factor, bias,
+            kept_row + 1, T, last_size, 0.0, False, RAGGED,
         )  # fmt: skip
         acc, weights, peak, held, total, last_slot, slot, phase = stream(
-            acc, weights, peak, held, total, kept_q, k_smem, v_smem, full, empty, first_slot, slot, phase, 1, count,
-            num_waits, kept_factor, bias, kept_row + 1, scales, T, last_size, 0.0, False, RAGGED, PROMOTE,
+            acc, weights, peak, held, total, kept_q, k_smem, v_smem, scale_smem, full, empty, first_slot, slot, phase,
+            1, count, num_waits, kept_factor, bias, kept_row + 1, T, last_size, 0.0, False, RAGGED, PROMOTE,
         )  # fmt: skip
         if JOINED:
             acc, weights, peak, held, total, last_slot, slot, phase = stream(
-                acc, weights, peak, held, total, q, k_smem, v_smem, full, empty, last_slot, slot, phase, 0, num_means,
-                num_means, factor, MEAN_BIAS, bits_ptr + block * words, None, T, last_size, last_bias, True, RAGGED,
-                False,
+                acc, weights, peak, held, total, q, k_smem, v_smem, scale_smem, full, empty, last_slot, slot, phase, 0,
+                num_means, num_means, factor, MEAN_BIAS, bits_ptr + block * words, T, last_size, last_bias, True,
+                RAGGED, False,
             )  # fmt: skip
         acc, token = issue_last(acc, weights, held, v_smem, last_slot, PROMOTE)
         total = row_totals(total, gl.SliceLayout(1, kept_layout))
         peak = gl.convert_layout(peak, gl.SliceLayout(1, kept_layout))
-        if k_scale_ptr is not None or LINEAR or (TAIL and not JOINED):
+        if q_scale_ptr is not None or LINEAR or (TAIL and not JOINED):
             # Read again rather than held by registers that the loop needs.
             q = q_block.load(q_layout)
         channel_layout: gl.constexpr = gl.SliceLayout(0, q_layout)
@@ -268,13 +266,13 @@ def consume(
                     peak = gl.full([64], LOWEST_PEAK, gl.float32, layout=row_layout)
                 first_slot = slot
                 mean_weights, mean_peak, mean_held, mean_total, slot, phase = begin(
-                    acc, peak, q, k_bar_smem, v_bar_smem, full, slot, phase, num_means, num_means, factor, MEAN_BIAS,
-                    bits_ptr + block * words, None, T, last_size, last_bias, True, RAGGED,
+                    acc, peak, q, k_bar_smem, v_bar_smem, scale_smem, full, slot, phase, num_means, num_means, factor,
+                    MEAN_BIAS, bits_ptr + block * words, T, last_size, last_bias, True, RAGGED,
                 )  # fmt: skip
                 acc, mean_weights, mean_peak, mean_held, mean_total, last_slot, slot, phase = stream(
-                    acc, mean_weights, mean_peak, mean_held, mean_total, q, k_bar_smem, v_bar_smem, full, empty,
-                    first_slot, slot, phase, 1, num_means, num_means, factor, MEAN_BIAS, bits_ptr + block * words,
-                    None, T, last_size, last_bias, True, RAGGED, False,
+                    acc, mean_weights, mean_peak, mean_held, mean_total, q, k_bar_smem, v_bar_smem, scale_smem, full, empty,
+                    first_slot, slot, phase, 1, num_means, num_means, factor, MEAN_BIAS, bits_ptr + block * words, T,
+                    last_size, last_bias, True, RAGGED, False,
                 )  # fmt: skip
                 acc, mean_token = issue_last(acc, mean_weights, mean_held, v_bar_smem, last_slot, False)
                 added = row_totals(mean_total, row_layout)

@@ -45,10 +45,10 @@ def fetch_state(state_tiles, block, state_smem, state_full, state_empty, turn):
 
 @gluon.jit
 def fetch(
-    q_tiles, k_tiles, v_tiles, k_bar_tiles, v_bar_tiles, state_tiles, kept_ptr, q_smem, k_smem, v_smem, k_bar_smem,
-    v_bar_smem, state_smem, q_full, q_empty, full, empty, state_full, state_empty, q_rows, q_head_rows, q_columns,
-    k_rows, k_head_rows, k_columns, v_rows, v_head_rows, v_columns, H, GROUP, M, T, slots, num_heads, first_exact,
-    last_exact,
+    q_tiles, k_tiles, v_tiles, k_bar_tiles, v_bar_tiles, state_tiles, k_scale_ptr, kept_ptr, q_smem, k_smem, v_smem,
+    scale_smem, k_bar_smem, v_bar_smem, state_smem, q_full, q_empty, full, empty, state_full, state_empty, q_rows,
+    q_head_rows, q_columns, k_rows, k_head_rows, k_columns, v_rows, v_head_rows, v_columns, H, GROUP, M, T, slots,
+    num_heads, first_exact, last_exact,
 ):  # fmt: skip
     """Every tensor is a matrix to it, whose rows are as far apart as two tokens; codes lie block after block.
 
@@ -83,6 +83,11 @@ def fetch(
         count = gl.load(kept_row)
         for i in range(count):
             j = gl.load(kept_row + 1 + i, mask=count < T, other=i)
+            if k_scale_ptr is not None:
+                scale = gl.load(k_scale_ptr + kv_head * T + j)
+                mbarrier.wait(empty.index(slot), phase ^ 1)
+                layout: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
+                scale_smem.index(slot).store(gl.full([64], scale, gl.float32, layout=layout))
             slot, phase = fetch_pair(
                 k_tiles, v_tiles, k_row + j * 64, k_column, v_row + j * V_ROWS, v_column, k_smem, v_smem, full, empty,
                 slot, phase,

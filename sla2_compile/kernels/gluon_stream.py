@@ -112,6 +112,17 @@ def _mask_means(scores, low, high, first, T, last_bias, RAGGED: gl.constexpr):
 
 
 @gluon.jit
+def _factor(factor, q, scale_smem, slot):
+    """(64,) what makes of the products of a tile scores in base 2."""
+    layout: gl.constexpr = gl.SliceLayout(1, q.type.layout.parent)
+    factor = gl.full([ROWS], factor, gl.float32, layout=layout)
+    if q.dtype.primitive_bitwidth == 8:
+        # From shared memory: read from a list of numbers, it would hold up the next scores.
+        factor *= scale_smem.index(slot).load(layout)
+    return factor
+
+
+@gluon.jit
 def _softmax(scores, peak, factor, bias, FP8: gl.constexpr):
     """One step of an online softmax in base 2: weights, the new peak, and what sums up to here shrink by.
 
@@ -124,7 +135,7 @@ def _softmax(scores, peak, factor, bias, FP8: gl.constexpr):
     offset = new_peak - bias
     if FP8:
         offset -= LOG2_TOP_CODE
-    return gl.exp2(scores * factor - offset[:, None]), new_peak, gl.exp2(peak - new_peak)
+    return gl.exp2(scores * factor[:, None] - offset[:, None]), new_peak, gl.exp2(peak - new_peak)
 
 
 @gluon.jit
@@ -165,7 +176,7 @@ def _as_scores(products):
 
 @gluon.jit
 def begin(
-    acc, peak, q, k_smem, v_smem, full, slot, phase, num_tiles, num_waits, factor, bias, tile_ptr, scale_ptr, T,
+    acc, peak, q, k_smem, v_smem, scale_smem, full, slot, phase, num_tiles, num_waits, factor, bias, tile_ptr, T,
     last_size, last_bias, MEANS: gl.constexpr, RAGGED: gl.constexpr,
 ):  # fmt: skip
     """The first tile's weights, with nothing in flight; see `stream` for the arguments.
@@ -180,14 +191,12 @@ def begin(
     STAGES: gl.constexpr = k_smem.shape[0]
     FP8: gl.constexpr = v_smem.dtype == gl.float8e4nv
     peak = gl.convert_layout(peak, gl.SliceLayout(1, q.type.layout.parent))
-    scale = 1.0
     low, high = 0, 0
     if MEANS:
         low, high = gl.load(tile_ptr), gl.load(tile_ptr + 1)
-    elif scale_ptr is not None:
-        scale = gl.load(scale_ptr + gl.load(tile_ptr, mask=num_tiles < T, other=0))
     mbarrier.wait(full.index(slot), phase)
     token = _issue_scores(q, k_smem.index(slot))
+    tile_factor = _factor(factor, q, scale_smem, slot)
     slot, phase = next_slot(slot, phase, STAGES)
     scores = _as_scores(warpgroup_mma_wait(0, deps=[token]))
     if MEANS:
@@ -195,7 +204,7 @@ def begin(
     elif RAGGED:
         is_last = gl.load(tile_ptr, mask=num_tiles < T, other=0) == T - 1
         scores = _mask_short(scores, is_last, last_size)
-    weights, peak, rescale = _softmax(scores, peak, factor * scale, bias, FP8)
+    weights, peak, rescale = _softmax(scores, peak, tile_factor, bias, FP8)
     if num_waits > 1:
         mbarrier.wait(full.index(slot), phase)
     held = gl.convert_layout(rescale, gl.SliceLayout(1, acc.type.layout))
@@ -204,8 +213,8 @@ def begin(
 
 @gluon.jit
 def stream(
-    acc, weights, peak, held, total, q, k_smem, v_smem, full, empty, last_slot, slot, phase, first, num_tiles,
-    num_waits, factor, bias, tile_ptr, scale_ptr, T, last_size, last_bias, MEANS: gl.constexpr, RAGGED: gl.constexpr,
+    acc, weights, peak, held, total, q, k_smem, v_smem, scale_smem, full, empty, last_slot, slot, phase, first,
+    num_tiles, num_waits, factor, bias, tile_ptr, T, last_size, last_bias, MEANS: gl.constexpr, RAGGED: gl.constexpr,
     PROMOTE: gl.constexpr,
 ):  # fmt: skip
     """Attend to tiles `first` to `num_tiles`, after another one whose weights are there and whose values are not.
@@ -217,12 +226,12 @@ def stream(
         held: (64,) what `acc` must be multiplied by before the last tile's product is added.
         total: (64, 4) float32 sums of the weights so far, in each thread.
         q: (64, D) queries or their codes, in registers.
+        scale_smem: (slots of the ring, 64) float32 scales of the tiles, the same for all rows, where q is codes.
         last_slot, slot, phase: of the ring, of the last tile and of the next one, which has been waited for.
         num_waits: as many as `num_tiles`, or more where tiles follow with nothing between.
         factor: what makes of a product of q and k a score in base 2, but for a code's scale.
         bias: added to scores in base 2.
         tile_ptr: the kept blocks' list; for MEANS the words of the block mask.
-        scale_ptr: scales of the key blocks' codes, or None.
         T: number of key blocks; where num_tiles is as large, none is listed.
         last_size, last_bias: keys of the last block; what its mean weighs less than others', as a product of q and k.
         PROMOTE: add up the tiles' products outside of the tensor cores, which cut off all but some 14 bits of FP8 sums:
@@ -236,21 +245,14 @@ def stream(
     o_layout: gl.constexpr = acc.type.layout
     p_layout: gl.constexpr = left_operand(o_layout, v_smem.dtype.primitive_bitwidth // 8)
     sum_layout: gl.constexpr = gl.SliceLayout(1, total.type.layout)
-    scale = 1.0
-    low, high, j, last = 0, 0, 0, T
-    listed = num_tiles < T
-    if not MEANS:
-        if RAGGED:
-            last = gl.load(tile_ptr + num_tiles - 1, mask=listed, other=T - 1)
-        if scale_ptr is not None:
-            j = gl.load(tile_ptr + first, mask=listed & (first < num_tiles), other=first)
+    low, high, last = 0, 0, T
+    if RAGGED and not MEANS:
+        last = gl.load(tile_ptr + num_tiles - 1, mask=num_tiles < T, other=T - 1)
     for i in range(first, num_tiles):
         # What is read from memory here is used after the scores.
         if MEANS:
             low, high = gl.load(tile_ptr + 2 * i), gl.load(tile_ptr + 2 * i + 1)
-        elif scale_ptr is not None:
-            scale = gl.load(scale_ptr + j)
-            j = gl.load(tile_ptr + i + 1, mask=listed & (i + 1 < num_tiles), other=gl.minimum(i + 1, T - 1))
+        tile_factor = _factor(factor, q, scale_smem, slot)
         token = _issue_scores(q, k_smem.index(slot))
         if not PROMOTE:
             # Behind the scores: the tensor cores have work in the meantime.
@@ -262,7 +264,7 @@ def stream(
             scores = _mask_means(scores, low, high, i * KEYS, T, last_bias, RAGGED)
         elif RAGGED:
             scores = _mask_short(scores, (i + 1 == num_tiles) & (last == T - 1), last_size)
-        weights, peak, rescale = _softmax(scores, peak, factor * scale, bias, FP8)
+        weights, peak, rescale = _softmax(scores, peak, tile_factor, bias, FP8)
         added = sum_in_thread(weights)
         after, after_phase = next_slot(slot, phase, STAGES)
         # Here and not where it is needed: a branch keeps the assembler from moving the next wait up to before the
