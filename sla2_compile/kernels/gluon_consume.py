@@ -270,9 +270,9 @@ def consume(
                     MEAN_BIAS, bits_ptr + block * words, T, last_size, last_bias, True, RAGGED,
                 )  # fmt: skip
                 acc, mean_weights, mean_peak, mean_held, mean_total, last_slot, slot, phase = stream(
-                    acc, mean_weights, mean_peak, mean_held, mean_total, q, k_bar_smem, v_bar_smem, scale_smem, full, empty,
-                    first_slot, slot, phase, 1, num_means, num_means, factor, MEAN_BIAS, bits_ptr + block * words, T,
-                    last_size, last_bias, True, RAGGED, False,
+                    acc, mean_weights, mean_peak, mean_held, mean_total, q, k_bar_smem, v_bar_smem, scale_smem, full,
+                    empty, first_slot, slot, phase, 1, num_means, num_means, factor, MEAN_BIAS,
+                    bits_ptr + block * words, T, last_size, last_bias, True, RAGGED, False,
                 )  # fmt: skip
                 acc, mean_token = issue_last(acc, mean_weights, mean_held, v_bar_smem, last_slot, False)
                 added = row_totals(mean_total, row_layout)

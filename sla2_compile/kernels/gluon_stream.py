@@ -89,13 +89,10 @@ def _issue_values(probs, values, acc, APART: gl.constexpr):
 
 
 @gluon.jit
-def _mask_short(scores, is_short, last_size):
-    """-inf for keys past the end, where the tile is the last, short key block."""
+def _mask_short(scores, tile, last, last_size):
+    """-inf for keys past the end, where the tile is of the last, short key block."""
     column = gl.arange(0, KEYS, layout=gl.SliceLayout(0, scores.type.layout))
-    # A loop, since the assembler makes of a branch instructions that every tile executes.
-    for _ in range(is_short.to(gl.int32)):
-        scores = gl.where((column < last_size)[None, :], scores, float("-inf"))
-    return scores
+    return gl.where((column < gl.where(tile == last, last_size, KEYS))[None, :], scores, float("-inf"))
 
 
 @gluon.jit
@@ -106,8 +103,7 @@ def _mask_means(scores, low, high, first, T, last_bias, RAGGED: gl.constexpr):
     word = (gl.where(column < 32, low, high) >> (column & 6)) >> (column & 25)
     scores = gl.where(((word & 1) == 0)[None, :], scores, float("-inf"))
     if RAGGED:
-        for _ in range((first + KEYS >= T).to(gl.int32)):
-            scores += gl.where(first + column == T - 1, last_bias, 0.0)[None, :]
+        scores += gl.where(first + column == T - 1, last_bias, 0.0)[None, :]
     return scores
 
 
@@ -202,13 +198,57 @@ def begin(
     if MEANS:
         scores = _mask_means(scores, low, high, 0, T, last_bias, RAGGED)
     elif RAGGED:
-        is_last = gl.load(tile_ptr, mask=num_tiles < T, other=0) == T - 1
-        scores = _mask_short(scores, is_last, last_size)
+        scores = _mask_short(scores, gl.load(tile_ptr, mask=num_tiles < T, other=0), T - 1, last_size)
     weights, peak, rescale = _softmax(scores, peak, tile_factor, bias, FP8)
     if num_waits > 1:
         mbarrier.wait(full.index(slot), phase)
     held = gl.convert_layout(rescale, gl.SliceLayout(1, acc.type.layout))
     return weights, peak, held, sum_in_thread(weights), slot, phase
+
+
+@gluon.jit
+def _tiles(
+    acc, weights, peak, held, total, q, k_smem, v_smem, scale_smem, full, empty, last_slot, slot, phase, first,
+    num_tiles, num_waits, factor, bias, tile_ptr, T, last_size, last_bias, MEANS: gl.constexpr, RAGGED: gl.constexpr,
+    PROMOTE: gl.constexpr,
+):  # fmt: skip
+    """The loop of `stream` over tiles of which, if RAGGED, any can be the short one."""
+    STAGES: gl.constexpr = k_smem.shape[0]
+    FP8: gl.constexpr = v_smem.dtype == gl.float8e4nv
+    o_layout: gl.constexpr = acc.type.layout
+    p_layout: gl.constexpr = left_operand(o_layout, v_smem.dtype.primitive_bitwidth // 8)
+    sum_layout: gl.constexpr = gl.SliceLayout(1, total.type.layout)
+    low, high = 0, 0
+    for i in range(first, num_tiles):
+        # What is read from memory here is used after the scores.
+        if MEANS:
+            low, high = gl.load(tile_ptr + 2 * i), gl.load(tile_ptr + 2 * i + 1)
+        tile_factor = _factor(factor, q, scale_smem, slot)
+        token = _issue_scores(q, k_smem.index(slot))
+        if not PROMOTE:
+            # Behind the scores: the tensor cores have work in the meantime.
+            acc = acc * held[:, None]
+        probs = _to_operand(weights, v_smem.dtype, p_layout)
+        acc_token = _issue_values(probs, v_smem.index(last_slot), acc, PROMOTE)
+        scores = _as_scores(warpgroup_mma_wait(1, deps=[token]))
+        if MEANS:
+            scores = _mask_means(scores, low, high, i * KEYS, T, last_bias, RAGGED)
+        elif RAGGED:
+            scores = _mask_short(scores, gl.load(tile_ptr + i, mask=num_tiles < T, other=i), T - 1, last_size)
+        weights, peak, rescale = _softmax(scores, peak, tile_factor, bias, FP8)
+        added = sum_in_thread(weights)
+        after, after_phase = next_slot(slot, phase, STAGES)
+        # Here and not where it is needed: a branch keeps the assembler from moving the next wait up to before the
+        # softmax.
+        if i + 1 < num_waits:
+            mbarrier.wait(full.index(after), after_phase)
+        product = warpgroup_mma_wait(0, deps=[acc_token])
+        mbarrier.arrive(empty.index(last_slot), count=1)
+        acc = acc * held[:, None] + product if PROMOTE else product
+        held = gl.convert_layout(rescale, gl.SliceLayout(1, o_layout))
+        total = total * gl.convert_layout(rescale, sum_layout)[:, None] + added
+        last_slot, slot, phase = slot, after, after_phase
+    return acc, weights, peak, held, total, last_slot, slot, phase
 
 
 @gluon.jit
@@ -240,43 +280,20 @@ def stream(
     Returns:
         acc, weights, peak, held, total and the three of the ring, for what follows.
     """
-    STAGES: gl.constexpr = k_smem.shape[0]
-    FP8: gl.constexpr = v_smem.dtype == gl.float8e4nv
-    o_layout: gl.constexpr = acc.type.layout
-    p_layout: gl.constexpr = left_operand(o_layout, v_smem.dtype.primitive_bitwidth // 8)
-    sum_layout: gl.constexpr = gl.SliceLayout(1, total.type.layout)
-    low, high, last = 0, 0, T
-    if RAGGED and not MEANS:
-        last = gl.load(tile_ptr + num_tiles - 1, mask=num_tiles < T, other=T - 1)
-    for i in range(first, num_tiles):
-        # What is read from memory here is used after the scores.
-        if MEANS:
-            low, high = gl.load(tile_ptr + 2 * i), gl.load(tile_ptr + 2 * i + 1)
-        tile_factor = _factor(factor, q, scale_smem, slot)
-        token = _issue_scores(q, k_smem.index(slot))
-        if not PROMOTE:
-            # Behind the scores: the tensor cores have work in the meantime.
-            acc = acc * held[:, None]
-        probs = _to_operand(weights, v_smem.dtype, p_layout)
-        acc_token = _issue_values(probs, v_smem.index(last_slot), acc, PROMOTE)
-        scores = _as_scores(warpgroup_mma_wait(1, deps=[token]))
-        if MEANS:
-            scores = _mask_means(scores, low, high, i * KEYS, T, last_bias, RAGGED)
-        elif RAGGED:
-            scores = _mask_short(scores, (i + 1 == num_tiles) & (last == T - 1), last_size)
-        weights, peak, rescale = _softmax(scores, peak, tile_factor, bias, FP8)
-        added = sum_in_thread(weights)
-        after, after_phase = next_slot(slot, phase, STAGES)
-        # Here and not where it is needed: a branch keeps the assembler from moving the next wait up to before the
-        # softmax.
-        if i + 1 < num_waits:
-            mbarrier.wait(full.index(after), after_phase)
-        product = warpgroup_mma_wait(0, deps=[acc_token])
-        mbarrier.arrive(empty.index(last_slot), count=1)
-        acc = acc * held[:, None] + product if PROMOTE else product
-        held = gl.convert_layout(rescale, gl.SliceLayout(1, o_layout))
-        total = total * gl.convert_layout(rescale, sum_layout)[:, None] + added
-        last_slot, slot, phase = slot, after, after_phase
+    # Only the last tile can be the short one. It has a loop of its own, that runs once or not at all: of a branch the
+    # assembler makes instructions that every tile executes.
+    whole = num_tiles
+    if RAGGED:
+        whole = gl.maximum(first, num_tiles - 1)
+    acc, weights, peak, held, total, last_slot, slot, phase = _tiles(
+        acc, weights, peak, held, total, q, k_smem, v_smem, scale_smem, full, empty, last_slot, slot, phase, first,
+        whole, num_waits, factor, bias, tile_ptr, T, last_size, last_bias, MEANS, False, PROMOTE,
+    )  # fmt: skip
+    if RAGGED:
+        acc, weights, peak, held, total, last_slot, slot, phase = _tiles(
+            acc, weights, peak, held, total, q, k_smem, v_smem, scale_smem, full, empty, last_slot, slot, phase, whole,
+            num_tiles, num_waits, factor, bias, tile_ptr, T, last_size, last_bias, MEANS, True, PROMOTE,
+        )  # fmt: skip
     return acc, weights, peak, held, total, last_slot, slot, phase
 
 
