@@ -32,6 +32,7 @@ from sla2_compile.kernels.settings import Settings
 from sla2_compile.kernels.tensor_rows import matrix_shape, matrix_steps
 
 BLOCK_Q, BLOCK_K = 128, 64
+HEAD_START = True
 # Of FP8 values that tensor cores add up: each addition cuts off up to 2^-13 of the sum, so 128 of them 0.8 % at most.
 MAX_TILES_IN_TENSOR_CORES = 64
 ELEMENTS = {
@@ -71,6 +72,7 @@ def _attention_kernel(
     q_columns, k_rows, k_head_rows, k_columns, v_rows, v_head_rows, v_columns, out_rows, out_head_rows, out_columns,
     out_sn, H, GROUP, N, N_KV, M, T, slots, words, num_heads, first_exact, last_exact, scale, RAGGED: gl.constexpr,
     APART: gl.constexpr, PROMOTE: gl.constexpr, MAP: gl.constexpr, STAGES: gl.constexpr,
+    HEAD_START: gl.constexpr,
 ):  # fmt: skip
     """Grid: as many programs as multiprocessors. sparse_out_ptr None: nothing is saved, log-sum-exps are 0.
 
@@ -98,6 +100,8 @@ def _attention_kernel(
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     state_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     state_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    head_start = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(head_start, count=1)
     # What is full one thread announces; what is empty, both groups.
     for i in gl.static_range(2):
         mbarrier.init(q_full.index(i), count=1)
@@ -113,15 +117,15 @@ def _attention_kernel(
             (consume, (gl.constexpr(0), out_tiles, sparse_out_tiles, order_ptr, kept_ptr, bits_ptr, logit_ptr,
                         gain_ptr, q_scale_ptr, v_scale_ptr, center_ptr, states_ptr, out_ptr, sparse_out_ptr,
                         sparse_lse_ptr, tail_lse_ptr, q_smem, k_smem, v_smem, scale_smem, k_bar_smem, v_bar_smem,
-                        state_smem, q_full, q_empty, full, empty, state_full, state_empty, out_rows, out_head_rows,
-                        out_columns, out_sn, H, GROUP, N, N_KV, M, T, slots, words, num_heads, first_exact,
-                        last_exact, scale, RAGGED, TAIL, LINEAR, APART, PROMOTE, MAP)),
+                        state_smem, q_full, q_empty, full, empty, state_full, state_empty, head_start, out_rows,
+                        out_head_rows, out_columns, out_sn, H, GROUP, N, N_KV, M, T, slots, words, num_heads,
+                        first_exact, last_exact, scale, RAGGED, TAIL, LINEAR, APART, PROMOTE, HEAD_START, MAP)),
             (consume, (gl.constexpr(1), out_tiles, sparse_out_tiles, order_ptr, kept_ptr, bits_ptr, logit_ptr,
                         gain_ptr, q_scale_ptr, v_scale_ptr, center_ptr, states_ptr, out_ptr, sparse_out_ptr,
                         sparse_lse_ptr, tail_lse_ptr, q_smem, k_smem, v_smem, scale_smem, k_bar_smem, v_bar_smem,
-                        state_smem, q_full, q_empty, full, empty, state_full, state_empty, out_rows, out_head_rows,
-                        out_columns, out_sn, H, GROUP, N, N_KV, M, T, slots, words, num_heads, first_exact,
-                        last_exact, scale, RAGGED, TAIL, LINEAR, APART, PROMOTE, MAP)),
+                        state_smem, q_full, q_empty, full, empty, state_full, state_empty, head_start, out_rows,
+                        out_head_rows, out_columns, out_sn, H, GROUP, N, N_KV, M, T, slots, words, num_heads,
+                        first_exact, last_exact, scale, RAGGED, TAIL, LINEAR, APART, PROMOTE, HEAD_START, MAP)),
             (_bring, (q_tiles, k_tiles, v_tiles, k_bar_tiles, v_bar_tiles, state_tiles, q_ptr, k_ptr, v_ptr, q_pitch,
                       k_pitch, v_pitch, order_ptr, k_scale_ptr, kept_ptr, q_smem, k_smem, v_smem, scale_smem,
                       k_bar_smem, v_bar_smem, state_smem, q_full, q_empty, full, empty, state_full, state_empty,
@@ -180,7 +184,7 @@ def attend(outputs: Outputs, inputs: AttentionInputs, settings: Settings) -> boo
         RAGGED=kv_len % BLOCK_K != 0, MAP=settings.feature_map, STAGES=num_stages,
         # Kept keys and means are one softmax, or two.
         APART=pooled and (settings.mixing == "block" or inputs.alpha_gain is not None),
-        PROMOTE=codes.v is not None and (exact.count > 0 or slots > MAX_TILES_IN_TENSOR_CORES), num_warps=4,
+        HEAD_START=HEAD_START, PROMOTE=codes.v is not None and (exact.count > 0 or slots > MAX_TILES_IN_TENSOR_CORES), num_warps=4,
     )  # fmt: skip
     return True
 

@@ -103,10 +103,10 @@ def _write_rows(tiles, ptr, order_ptr, x, smem, row, column, first, N, pitch):
 def consume(
     part: gl.constexpr, out_tiles, sparse_out_tiles, order_ptr, kept_ptr, bits_ptr, logit_ptr, gain_ptr, q_scale_ptr,
     v_scale_ptr, center_ptr, states_ptr, out_ptr, sparse_out_ptr, sparse_lse_ptr, tail_lse_ptr, q_smem, k_smem, v_smem,
-    scale_smem, k_bar_smem, v_bar_smem, state_smem, q_full, q_empty, full, empty, state_full, state_empty, out_rows,
-    out_head_rows, out_columns, out_sn, H, GROUP, N, N_KV, M, T, slots, words, num_heads, first_exact, last_exact,
-    scale, RAGGED: gl.constexpr, TAIL: gl.constexpr, LINEAR: gl.constexpr, APART: gl.constexpr,
-    PROMOTE: gl.constexpr, MAP: gl.constexpr,
+    scale_smem, k_bar_smem, v_bar_smem, state_smem, q_full, q_empty, full, empty, state_full, state_empty, head_start,
+    out_rows, out_head_rows, out_columns, out_sn, H, GROUP, N, N_KV, M, T, slots, words, num_heads, first_exact,
+    last_exact, scale, RAGGED: gl.constexpr, TAIL: gl.constexpr, LINEAR: gl.constexpr, APART: gl.constexpr,
+    PROMOTE: gl.constexpr, HEAD_START: gl.constexpr, MAP: gl.constexpr,
 ):  # fmt: skip
     """One group of warps: its half of every query block of this program."""
     D: gl.constexpr = q_smem.shape[2]
@@ -153,6 +153,10 @@ def consume(
 
         buffer = turn & 1
         q_block = q_smem.index(2 * buffer + part)
+        if HEAD_START and part == 1:
+            # Once: one group ends its query blocks while the other still multiplies.
+            if turn == 0:
+                mbarrier.wait(head_start, 0)
         mbarrier.wait(q_full.index(buffer), (turn >> 1) & 1)
         if turn > 0:
             # The last block's rows have left for memory by now, from where its queries were.
@@ -183,6 +187,9 @@ def consume(
             acc, peak, kept_q, k_smem, v_smem, scale_smem, full, slot, phase, count, num_waits, kept_factor, bias,
             kept_row + 1, T, last_size, 0.0, False, RAGGED,
         )  # fmt: skip
+        if HEAD_START and part == 0:
+            if turn == 0:
+                mbarrier.arrive(head_start, count=1)
         acc, weights, peak, held, total, last_slot, slot, phase = stream(
             acc, weights, peak, held, total, kept_q, k_smem, v_smem, scale_smem, full, empty, first_slot, slot, phase,
             1, count, num_waits, kept_factor, bias, kept_row + 1, T, last_size, 0.0, False, RAGGED, PROMOTE,
