@@ -184,7 +184,8 @@ def attend(outputs: Outputs, inputs: AttentionInputs, settings: Settings) -> boo
         RAGGED=kv_len % BLOCK_K != 0, MAP=settings.feature_map, STAGES=num_stages,
         # Kept keys and means are one softmax, or two.
         APART=pooled and (settings.mixing == "block" or inputs.alpha_gain is not None),
-        HEAD_START=HEAD_START, PROMOTE=codes.v is not None and (exact.count > 0 or slots > MAX_TILES_IN_TENSOR_CORES), num_warps=4,
+        PROMOTE=codes.v is not None and (exact.count > 0 or slots > MAX_TILES_IN_TENSOR_CORES),
+        HEAD_START=HEAD_START, num_warps=4,
     )  # fmt: skip
     return True
 
