@@ -31,6 +31,7 @@ def prepare() -> None:
     assert os.environ.get("TRITON_INTERPRET") == "1", "run this with TRITON_INTERPRET=1"
     _let_loops_end_where_a_tensor_says()
     _round_to_fp8_as_hardware_does()
+    _multiply_bfloat16_as_numbers()
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.set_num_threads(1)
@@ -64,3 +65,21 @@ def _round_to_fp8_as_hardware_does() -> None:
         return codes.numpy().reshape(x.shape)
 
     interpreter._convert_float = convert_rounding_once
+
+
+def _multiply_bfloat16_as_numbers() -> None:
+    """The interpreter holds bfloat16 as integers of 16 bits, and multiplies those."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    create_dot = InterpreterBuilder.create_dot
+
+    def widened(x: Any) -> Any:
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def create_dot_of_numbers(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return create_dot(self, widened(a), widened(b), *rest)
+
+    InterpreterBuilder.create_dot = create_dot_of_numbers

@@ -1,0 +1,29 @@
+"""Cases for the kernels of Hopper, at the block sizes and head dims that they take: for the emulator, on the CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from kernel_cases import Case
+
+POOLED = Case(heads=1, kv_heads=1, q_len=256, kv_len=320, dim=64, block_q=128, block_k=64, learned=False, sparsity=0.6)
+PAPERS = dataclasses.replace(POOLED, tail="linear", mixing="block", learned=True, key_offset=1.0)
+RAGGED = {"q_len": 170, "kv_len": 333}
+CASES = {
+    "pooled": POOLED,
+    "pooled, head dim 128, groups": dataclasses.replace(POOLED, dim=128, heads=2, **RAGGED),
+    "pooled, batch": dataclasses.replace(POOLED, batch=2, q_len=130, kv_len=200),
+    "pooled, exact ends": dataclasses.replace(POOLED, q_len=400, kv_len=400, exact_prefix=70, exact_suffix=10),
+    "pooled, more keys": dataclasses.replace(POOLED, q_len=64, kv_len=64 * 70 + 5, sparsity=0.97),
+    "linear": PAPERS,
+    "linear, head dim 128": dataclasses.replace(PAPERS, dim=128, **RAGGED),
+    "linear, elu, batch": dataclasses.replace(PAPERS, feature_map="elu", batch=2, q_len=130, kv_len=200),
+    "dense": dataclasses.replace(POOLED, sparsity=0.0, **RAGGED),
+    **{
+        f"{tail}, qk {qk_format}, pv {pv_format}": dataclasses.replace(
+            case, qk_format=qk_format, pv_format=pv_format, key_offset=2.0, **RAGGED
+        )
+        for qk_format, pv_format in (("int8", None), ("fp8", "fp8"), ("int8", "fp8"))
+        for tail, case in {"pooled": POOLED, "linear": PAPERS}.items()
+    },
+}
