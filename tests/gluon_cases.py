@@ -41,6 +41,6 @@ BACKWARD_CASES = {
     "dense linear": dataclasses.replace(PAPERS, sparsity=0.0, **RAGGED),
     "more keys than queries": dataclasses.replace(POOLED, q_len=64, kv_len=64 * 70 + 5, sparsity=0.97),
     "one block of each": dataclasses.replace(POOLED, q_len=5, kv_len=3),
-    "long lists": dataclasses.replace(POOLED, q_len=128 * 50, kv_len=128, sparsity=0.5, popular=True),
+    "long lists": dataclasses.replace(POOLED, q_len=48 * 128, kv_len=16 * 64, sparsity=0.94, popular=True),
     "int8 forward": dataclasses.replace(POOLED, qk_format="int8", key_offset=1.0, **RAGGED),
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from contextlib import ExitStack
 from unittest import mock
 
 import gluon_cases
@@ -17,7 +18,9 @@ import torch
 from gluon_emulator import emulated
 from interpret_gluon import HOPPER, ORDERS
 
-from sla2_compile.kernels import gluon_backward_queries, hardware, triton_backward
+from sla2_compile.kernels import gluon_backward_keys, gluon_backward_queries, hardware, triton_backward
+
+MODULES = (gluon_backward_queries, gluon_backward_keys)
 
 
 def errors_of(case: cases.Case) -> dict[str, dict[str, float]]:
@@ -25,10 +28,11 @@ def errors_of(case: cases.Case) -> dict[str, dict[str, float]]:
     saved = cases.saved_tensors(case, p)
     arguments = cases.backward_arguments(p, saved)
     results = []
-    for order in ORDERS:
-        with emulated(gluon_backward_queries, order=order) as kernels:
+    for order in ORDERS if case.q_len < 1000 else ORDERS[:1]:
+        with ExitStack() as stack:
+            kernels = [stack.enter_context(emulated(module, order=order)) for module in MODULES]
             results.append(triton_backward.backward(*arguments, case.settings))
-        assert all(kernel.num_launches == 1 for kernel in kernels.values()), "a kernel was not eligible"
+        assert all(x.num_launches == 1 for found in kernels for x in found.values()), "a kernel was not eligible"
     assert all(torch.equal(x, y) for other in results[1:] for x, y in zip(results[0], other, strict=True))
     exact = cases.reference_gradients(case, p, saved[-1], torch.float64)
     eager = cases.reference_gradients(case, p, saved[-1], case.dtype)

@@ -70,3 +70,44 @@ def fetch_for_queries(
             for part in gl.static_range(2):
                 tma.async_copy_global_to_shared(dq_tiles, [dq_row + part * 64, dq_column], dq_full, dq_smem.index(part))
         turn += 1
+
+
+@gluon.jit
+def fetch_for_keys(
+    q_tiles, grad_tiles, k_tiles, v_tiles, rows_tiles, dk_tiles, dv_tiles, lists_ptr, q_smem, grad_smem, k_smem,
+    v_smem, rows_smem, k_full, full, empty, q_rows, q_head_rows, q_columns, grad_rows, grad_head_rows, grad_columns,
+    k_rows, k_head_rows, k_columns, v_rows, v_head_rows, v_columns, dk_rows, dk_head_rows, dk_columns, is_part,
+    kv_head, j, first, num_steps, H, M, capacity, GROUP: gl.constexpr, ACCUMULATE: gl.constexpr,
+):  # fmt: skip
+    """For `gluon_backward_keys.py`: key block j, then its list's query blocks from entry `first` on, half at a time.
+
+    With ACCUMULATE, what dk and dv hold comes as one more step.
+    """
+    STAGES: gl.constexpr = q_smem.shape[0]
+    G = H // GROUP
+    b, g = kv_head // G, kv_head % G
+    lists_ptr += kv_head.to(gl.int64) * capacity + first
+    if num_steps >= 0:
+        entry = gl.load(lists_ptr, mask=num_steps > 0, other=0)
+        mbarrier.expect(k_full, 2 * k_tiles.block_type.nbytes)
+        tma.async_copy_global_to_shared(k_tiles, [b * k_rows + g * k_head_rows + j * 64, g * k_columns], k_full, k_smem)
+        tma.async_copy_global_to_shared(v_tiles, [b * v_rows + g * v_head_rows + j * 64, g * v_columns], k_full, v_smem)
+        for step in range(num_steps):
+            slot, half = slot_of(step, STAGES), step % 2
+            h, m = g * GROUP + entry // M, entry % M
+            barrier = full.index(slot)
+            mbarrier.wait(empty.index(slot), phase_of(step, STAGES) ^ 1)
+            mbarrier.expect(barrier, 2 * q_tiles.block_type.nbytes + rows_tiles.block_type.nbytes)
+            first_row = m * 128 + half * 64
+            q_place = [b * q_rows + h * q_head_rows + first_row, h * q_columns]
+            tma.async_copy_global_to_shared(q_tiles, q_place, barrier, q_smem.index(slot))
+            grad_place = [b * grad_rows + h * grad_head_rows + first_row, h * grad_columns]
+            tma.async_copy_global_to_shared(grad_tiles, grad_place, barrier, grad_smem.index(slot))
+            rows_place = [0, (b * H + h) * M * 128 + first_row]
+            tma.async_copy_global_to_shared(rows_tiles, rows_place, barrier, rows_smem.index(slot))
+            ahead = (step + 1) // 2
+            entry = gl.load(lists_ptr + ahead, mask=2 * ahead < num_steps, other=0)
+        if ACCUMULATE:
+            for _ in range((is_part == 0).to(gl.int32)):
+                row, column = b * dk_rows + g * dk_head_rows + j * 64, g * dk_columns
+                _fetch_pair(dk_tiles, dv_tiles, row, column, row, column, q_smem, grad_smem, full, empty, num_steps)

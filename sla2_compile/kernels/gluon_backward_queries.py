@@ -56,18 +56,40 @@ def _issue(q, grad, k_smem, v_smem, step):
 
 
 @gluon.jit
-def _only_means_of_the_tail(scores, first, words_ptr, words, T, last_bias, RAGGED: gl.constexpr):
-    """Scores of the means from `first` on: -inf for those of kept blocks and past the last, the short block's less."""
+def _mask_short(scores, is_short, last_size):
+    """-inf for keys past the end, where the tile is the last, short key block."""
+    column = gl.arange(0, 64, layout=gl.SliceLayout(0, scores.type.layout))
+    for _ in range(is_short.to(gl.int32)):
+        scores = gl.where((column < last_size)[None, :], scores, float("-inf"))
+    return scores
+
+
+@gluon.jit
+def _mask(scores, first, is_mean, words_ptr, words, T, last_size, last_bias, RAGGED: gl.constexpr):
+    """-inf for keys past the end, or for means from `first` on of kept blocks and past the last.
+
+    A mean of the last, short block weighs less than others: `last_bias`.
+    """
     column = gl.arange(0, 64, layout=gl.SliceLayout(0, scores.type.layout))
     word = first // 32
-    low = gl.load(words_ptr + word)
-    high = gl.load(words_ptr + word + 1, mask=word + 1 < words, other=-1)
+    low = gl.load(words_ptr + word, mask=is_mean, other=0)
+    high = gl.load(words_ptr + word + 1, mask=is_mean & (word + 1 < words), other=0)
     # In two parts: the first is the same for all columns of a thread, the second a constant.
     is_kept = ((gl.where(column < 32, low, high) >> (column & 6)) >> (column & 25)) & 1
-    scores = gl.where(((is_kept == 0) & (first + column < T))[None, :], scores, float("-inf"))
+    limit = gl.where(is_mean, T - first, last_size)
+    scores = gl.where(((is_kept == 0) & (column < limit))[None, :], scores, float("-inf"))
     if RAGGED:
-        scores += gl.where(first + column == T - 1, last_bias, 0.0)[None, :]
+        scores += gl.where(column == T - 1 - first, gl.where(is_mean, last_bias, 0.0), 0.0)[None, :]
     return scores
+
+
+@gluon.jit
+def _score_gradient(scores, d_probs, lse, offset, cap, factor, CAP: gl.constexpr):
+    """dS (64, 64) float32 of scores and d_probs, for each row's log-sum-exp in base 2 and offset."""
+    scores = scores * factor - lse[:, None]
+    if CAP:
+        scores = gl.minimum(scores, cap[:, None])
+    return gl.exp2(scores) * (d_probs - offset[:, None])
 
 
 @gluon.jit
@@ -129,7 +151,8 @@ def _consume(
             if ACCUMULATE:
                 mbarrier.arrive(dq_empty, count=1)
         scores, d_probs = warpgroup_mma_wait(0, deps=[score_token, prob_token])
-        scores = _mask_short(scores, short == 0, last_size, RAGGED)
+        if RAGGED:
+            scores = _mask_short(scores, short == 0, last_size)
         d_scores = _score_gradient(scores, d_probs, lse, offset, cap, factor, cap_ptr is not None).to(dtype)
         if num_tiles > 1:
             mbarrier.wait(full.index(slot_of(step + 1, STAGES)), phase_of(step + 1, STAGES))
@@ -141,18 +164,20 @@ def _consume(
             if k_mean_ptr is not None:
                 dropped += sum_in_thread(d_scores.to(gl.float32)) * (i <= count).to(gl.float32)
             scores, d_probs = warpgroup_mma_wait(1, deps=[score_token, prob_token])
-            scores = _mask_short(scores, i == short, last_size, RAGGED)
+            # Loops that run once or not at all: a branch becomes instructions that every tile executes.
             if TAIL:
-                # Loops that run once or not at all: a branch becomes instructions that every tile executes.
                 for _ in range((i == count).to(gl.int32)):
                     lse, offset = gl.load(tail_lse_ptr + row) - MEAN_BIAS, gl.load(tail_offset_ptr + row)
                     cap = gl.full([64], float("inf"), gl.float32, layout=row_layout)
-                for _ in range((i >= count).to(gl.int32)):
-                    scores = _only_means_of_the_tail(
-                        scores, (i - count) * 64, bits_ptr + block * words, words, T, last_bias, RAGGED
-                    )
+                for _ in range(((i >= count) | (i == short)).to(gl.int32)):
+                    scores = _mask(
+                        scores, (i - count) * 64, i >= count, bits_ptr + block * words, words, T, last_size,
+                        last_bias, RAGGED,
+                    )  # fmt: skip
                     if not VALUES:
                         d_probs = d_probs * 0.0
+            elif RAGGED:
+                scores = _mask_short(scores, i == short, last_size)
             d_scores = _score_gradient(scores, d_probs, lse, offset, cap, factor, cap_ptr is not None).to(dtype)
             # Here and not where it is needed: a branch keeps the assembler from moving the next wait up to before the
             # exponentials.
@@ -183,25 +208,6 @@ def _consume(
         )  # fmt: skip
         turn += 1
     tma.store_wait(0)
-
-
-@gluon.jit
-def _mask_short(scores, is_short, last_size, RAGGED: gl.constexpr):
-    """-inf for keys past the end, where the tile is the last, short key block."""
-    if RAGGED:
-        column = gl.arange(0, 64, layout=gl.SliceLayout(0, scores.type.layout))
-        for _ in range(is_short.to(gl.int32)):
-            scores = gl.where((column < last_size)[None, :], scores, float("-inf"))
-    return scores
-
-
-@gluon.jit
-def _score_gradient(scores, d_probs, lse, offset, cap, factor, CAP: gl.constexpr):
-    """dS (64, 64) float32 of scores and d_probs, for each row's log-sum-exp in base 2 and offset."""
-    scores = scores * factor - lse[:, None]
-    if CAP:
-        scores = gl.minimum(scores, cap[:, None])
-    return gl.exp2(scores) * (d_probs - offset[:, None])
 
 
 @gluon.jit

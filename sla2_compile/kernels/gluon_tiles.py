@@ -12,6 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sla2_compile.kernels.hardware import capability
+from sla2_compile.kernels.launch_arguments import next_power_of_two
 from sla2_compile.kernels.settings import Settings
 from sla2_compile.kernels.tensor_rows import matrix_shape
 
@@ -77,6 +78,14 @@ def matrix_tiles(x: Tensor, rows: int) -> TensorDescriptor:
     """A descriptor for tiles of `rows` whole rows of contiguous `x` (..., columns)."""
     columns = x.shape[-1]
     return _tiles(x, [x.numel() // columns, columns], rows, columns)
+
+
+def rows_tiles(first: Tensor, num_fields: int) -> TensorDescriptor:
+    """A descriptor for tiles of 64 rows of some fields, which lie one behind the other in memory, `first` first."""
+    size = first.numel()
+    fields = next_power_of_two(num_fields)
+    layout = shared_layout(fields, 64, first.dtype)
+    return TensorDescriptor(first, [num_fields, size], [size, 1], [fields, 64], layout)
 
 
 def _tiles(x: Tensor, shape: list[int], rows: int, columns: int) -> TensorDescriptor:
