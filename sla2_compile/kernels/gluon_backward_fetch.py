@@ -8,6 +8,9 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from sla2_compile.kernels.gluon_fetch import query_block
 from sla2_compile.kernels.gluon_tiles import phase_of, slot_of
+from sla2_compile.kernels.triton_backward_rows import FIELDS
+
+CAP_FIELD = gl.constexpr(FIELDS.index("sparse_cap"))
 
 
 @gluon.jit
@@ -75,9 +78,10 @@ def fetch_for_queries(
 @gluon.jit
 def fetch_for_keys(
     q_tiles, grad_tiles, k_tiles, v_tiles, rows_tiles, dk_tiles, dv_tiles, lists_ptr, q_smem, grad_smem, k_smem,
-    v_smem, rows_smem, k_full, full, empty, q_rows, q_head_rows, q_columns, grad_rows, grad_head_rows, grad_columns,
-    k_rows, k_head_rows, k_columns, v_rows, v_head_rows, v_columns, dk_rows, dk_head_rows, dk_columns, is_part,
-    kv_head, j, first, num_steps, H, M, capacity, GROUP: gl.constexpr, ACCUMULATE: gl.constexpr,
+    v_smem, rows_smem, cap_smem, k_full, full, empty, q_rows, q_head_rows, q_columns, grad_rows, grad_head_rows,
+    grad_columns, k_rows, k_head_rows, k_columns, v_rows, v_head_rows, v_columns, dk_rows, dk_head_rows, dk_columns,
+    is_part, kv_head, j, first, num_steps, H, M, capacity, GROUP: gl.constexpr, CAP: gl.constexpr,
+    ACCUMULATE: gl.constexpr,
 ):  # fmt: skip
     """For `gluon_backward_keys.py`: key block j, then its list's query blocks from entry `first` on, half at a time.
 
@@ -97,14 +101,16 @@ def fetch_for_keys(
             h, m = g * GROUP + entry // M, entry % M
             barrier = full.index(slot)
             mbarrier.wait(empty.index(slot), phase_of(step, STAGES) ^ 1)
-            mbarrier.expect(barrier, 2 * q_tiles.block_type.nbytes + rows_tiles.block_type.nbytes)
+            mbarrier.expect(barrier, 2 * q_tiles.block_type.nbytes + (2 if CAP else 1) * rows_tiles.block_type.nbytes)
             first_row = m * 128 + half * 64
             q_place = [b * q_rows + h * q_head_rows + first_row, h * q_columns]
             tma.async_copy_global_to_shared(q_tiles, q_place, barrier, q_smem.index(slot))
             grad_place = [b * grad_rows + h * grad_head_rows + first_row, h * grad_columns]
             tma.async_copy_global_to_shared(grad_tiles, grad_place, barrier, grad_smem.index(slot))
-            rows_place = [0, (b * H + h) * M * 128 + first_row]
-            tma.async_copy_global_to_shared(rows_tiles, rows_place, barrier, rows_smem.index(slot))
+            row = (b * H + h) * M * 128 + first_row
+            tma.async_copy_global_to_shared(rows_tiles, [0, row], barrier, rows_smem.index(slot))
+            if CAP:
+                tma.async_copy_global_to_shared(rows_tiles, [CAP_FIELD, row], barrier, cap_smem.index(slot))
             ahead = (step + 1) // 2
             entry = gl.load(lists_ptr + ahead, mask=2 * ahead < num_steps, other=0)
         if ACCUMULATE:

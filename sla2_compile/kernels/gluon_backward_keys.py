@@ -29,8 +29,8 @@ from sla2_compile.kernels.gluon_tiles import (
     channels,
     is_eligible,
     phase_of,
-    rows_tiles,
     slot_of,
+    statistics_tiles,
     token_tiles,
     write_rows,
 )
@@ -38,18 +38,17 @@ from sla2_compile.kernels.launch_arguments import next_power_of_two
 from sla2_compile.kernels.settings import Settings
 from sla2_compile.kernels.tensor_rows import matrix_steps
 from sla2_compile.kernels.triton_backward_keys import add_parts, empty_parts
-from sla2_compile.kernels.triton_backward_rows import FIELDS, Rows
+from sla2_compile.kernels.triton_backward_rows import Rows
 from sla2_compile.kernels.triton_inverse_index import InverseIndex
 
 LOG2_E = gl.constexpr(1.4426950408889634)
-CAP_FIELD = gl.constexpr(FIELDS.index("sparse_cap"))
 # Of a thread before the warps divide them: two programs share 65,536.
 REGISTERS = 128
 
 
 @gluon.jit
 def _statistic(rows_smem, field: gl.constexpr, layout: gl.constexpr):
-    """One of the rows' statistics, (1, 64) for a tile of scores."""
+    """One of two of the rows' statistics, (1, 64) for a tile of scores."""
     return rows_smem.slice(field, 1, dim=0).load(layout)
 
 
@@ -75,8 +74,9 @@ def _write_part(ptr, x, item, D: gl.constexpr):
 @gluon.jit
 def _consume(
     dk_tiles, dv_tiles, dk_bar_ptr, dv_bar_ptr, correction_ptr, partial_ptr, dk_ptr, dv_ptr, q_smem, grad_smem, k_smem,
-    v_smem, rows_smem, k_full, full, empty, dk_rows, dk_head_rows, dk_columns, dk_sn, split_stride, partial_size,
-    item, is_part, kv_head, j, num_steps, G, N_KV, T, splits, scale, CAP: gl.constexpr, SPLITS: gl.constexpr,
+    v_smem, rows_smem, cap_smem, k_full, full, empty, dk_rows, dk_head_rows, dk_columns, dk_sn, split_stride,
+    partial_size, item, is_part, kv_head, j, num_steps, G, N_KV, T, splits, scale, CAP: gl.constexpr,
+    SPLITS: gl.constexpr,
 ):  # fmt: skip
     """The warps that compute: dk and dv of one key block or part. num_steps < 0: there is nothing to do."""
     D: gl.constexpr = q_smem.shape[2]
@@ -109,7 +109,7 @@ def _consume(
             prob_token = warpgroup_mma(v_smem, grad.permute((1, 0)), nothing, use_acc=False, is_async=True)
             scores = warpgroup_mma_wait(1, deps=[score_token]) * factor - _statistic(rows, 0, s_layout)
             if CAP:
-                scores = gl.minimum(scores, _statistic(rows, CAP_FIELD, s_layout))
+                scores = gl.minimum(scores, _statistic(cap_smem.index(slot), 0, s_layout))
             probs = gl.exp2(scores)
             left = gl.convert_layout(probs.to(dtype), left_operand(o_layout, 2))
             dv_token = warpgroup_mma(left, grad, dv, is_async=True)
@@ -174,8 +174,10 @@ def _keys_kernel(
     grad_smem = gl.allocate_shared_memory(q_tiles.dtype, [STAGES, tile[0], tile[1]], q_tiles.layout)
     k_smem = gl.allocate_shared_memory(q_tiles.dtype, tile, q_tiles.layout)
     v_smem = gl.allocate_shared_memory(q_tiles.dtype, tile, q_tiles.layout)
-    fields: gl.constexpr = rows_tiles.block_type.shape[0]
-    rows_smem = gl.allocate_shared_memory(gl.float32, [STAGES, fields, 64], rows_tiles.layout)
+    rows_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 2, 64], rows_tiles.layout)
+    cap_smem = rows_smem
+    if CAP:
+        cap_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 2, 64], rows_tiles.layout)
     k_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -187,14 +189,14 @@ def _keys_kernel(
     gl.warp_specialize(
         [
             (_consume, (dk_tiles, dv_tiles, dk_bar_ptr, dv_bar_ptr, correction_ptr, partial_ptr, dk_ptr, dv_ptr,
-                        q_smem, grad_smem, k_smem, v_smem, rows_smem, k_full, full, empty, dk_rows, dk_head_rows,
-                        dk_columns, dk_sn, split_stride, partial_size, item, is_part, kv_head, j, num_steps,
-                        H // GROUP, N_KV, T, splits, scale, CAP, SPLITS)),
+                        q_smem, grad_smem, k_smem, v_smem, rows_smem, cap_smem, k_full, full, empty, dk_rows,
+                        dk_head_rows, dk_columns, dk_sn, split_stride, partial_size, item, is_part, kv_head, j,
+                        num_steps, H // GROUP, N_KV, T, splits, scale, CAP, SPLITS)),
             (fetch_for_keys, (q_tiles, grad_tiles, k_tiles, v_tiles, rows_tiles, dk_tiles, dv_tiles, lists_ptr,
-                              q_smem, grad_smem, k_smem, v_smem, rows_smem, k_full, full, empty, q_rows, q_head_rows,
-                              q_columns, grad_rows, grad_head_rows, grad_columns, k_rows, k_head_rows, k_columns,
-                              v_rows, v_head_rows, v_columns, dk_rows, dk_head_rows, dk_columns, is_part, kv_head, j,
-                              first, num_steps, H, M, capacity, GROUP, correction_ptr is not None)),
+                              q_smem, grad_smem, k_smem, v_smem, rows_smem, cap_smem, k_full, full, empty, q_rows,
+                              q_head_rows, q_columns, grad_rows, grad_head_rows, grad_columns, k_rows, k_head_rows,
+                              k_columns, v_rows, v_head_rows, v_columns, dk_rows, dk_head_rows, dk_columns, is_part,
+                              kv_head, j, first, num_steps, H, M, capacity, GROUP, CAP, correction_ptr is not None)),
         ],
         [1],
         [24],
@@ -229,7 +231,7 @@ def key_gradients(
     partial = empty_parts(k, index, settings)
     splits = 1 if dk_bar is None else dk_bar.shape[0]
     _keys_kernel[batch * key_heads * (max_parts + T),](
-        *tiles, rows_tiles(rows.sparse_lse, len(FIELDS) if cap else 2), token_tiles(dk), token_tiles(dv),
+        *tiles, statistics_tiles(rows), token_tiles(dk), token_tiles(dv),
         dk_bar, dv_bar, index.count, index.start, index.lists, index.first_part, index.part_key, correction, partial,
         dk, dv, *(step for x in (q, grad_out, k, v, dk) for step in matrix_steps(x)), dk.stride(2),
         0 if dk_bar is None else dk_bar.stride(0), partial.stride(0),

@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from sla2_compile.kernels.gluon_backward_fetch import fetch_for_queries
+from sla2_compile.kernels.gluon_backward_scores import issue_scores, mask, mask_short, score_gradient
 from sla2_compile.kernels.gluon_fetch import query_block
 from sla2_compile.kernels.gluon_stream import MEAN_BIAS, left_operand, out_layout, scores_layout, sum_in_thread
 from sla2_compile.kernels.gluon_tiles import (
@@ -43,53 +44,6 @@ from sla2_compile.kernels.triton_backward_rows import Rows
 from sla2_compile.kernels.triton_statistics import Statistics
 
 LOG2_E = gl.constexpr(1.4426950408889634)
-
-
-@gluon.jit
-def _issue(q, grad, k_smem, v_smem, step):
-    """Scores of tile `step` and the gradients of its probabilities, both in flight; the tile has arrived."""
-    slot = slot_of(step, k_smem.shape[0])
-    empty = gl.zeros([64, 64], gl.float32, layout=scores_layout(2))
-    scores = warpgroup_mma(q, k_smem.index(slot).permute((1, 0)), empty, use_acc=False, is_async=True)
-    d_probs = warpgroup_mma(grad, v_smem.index(slot).permute((1, 0)), empty, use_acc=False, is_async=True)
-    return scores, d_probs
-
-
-@gluon.jit
-def _mask_short(scores, is_short, last_size):
-    """-inf for keys past the end, where the tile is the last, short key block."""
-    column = gl.arange(0, 64, layout=gl.SliceLayout(0, scores.type.layout))
-    for _ in range(is_short.to(gl.int32)):
-        scores = gl.where((column < last_size)[None, :], scores, float("-inf"))
-    return scores
-
-
-@gluon.jit
-def _mask(scores, first, is_mean, words_ptr, words, T, last_size, last_bias, RAGGED: gl.constexpr):
-    """-inf for keys past the end, or for means from `first` on of kept blocks and past the last.
-
-    A mean of the last, short block weighs less than others: `last_bias`.
-    """
-    column = gl.arange(0, 64, layout=gl.SliceLayout(0, scores.type.layout))
-    word = first // 32
-    low = gl.load(words_ptr + word, mask=is_mean, other=0)
-    high = gl.load(words_ptr + word + 1, mask=is_mean & (word + 1 < words), other=0)
-    # In two parts: the first is the same for all columns of a thread, the second a constant.
-    is_kept = ((gl.where(column < 32, low, high) >> (column & 6)) >> (column & 25)) & 1
-    limit = gl.where(is_mean, T - first, last_size)
-    scores = gl.where(((is_kept == 0) & (column < limit))[None, :], scores, float("-inf"))
-    if RAGGED:
-        scores += gl.where(column == T - 1 - first, gl.where(is_mean, last_bias, 0.0), 0.0)[None, :]
-    return scores
-
-
-@gluon.jit
-def _score_gradient(scores, d_probs, lse, offset, cap, factor, CAP: gl.constexpr):
-    """dS (64, 64) float32 of scores and d_probs, for each row's log-sum-exp in base 2 and offset."""
-    scores = scores * factor - lse[:, None]
-    if CAP:
-        scores = gl.minimum(scores, cap[:, None])
-    return gl.exp2(scores) * (d_probs - offset[:, None])
 
 
 @gluon.jit
@@ -116,8 +70,7 @@ def _consume(
     total_blocks = num_heads * M
     for index in range(gl.program_id(0), total_blocks, gl.num_programs(0)):
         head, m = query_block(index, num_heads, M, first_exact, last_exact)
-        wide_head = head.to(gl.int64)
-        block = wide_head * M + m
+        block = head.to(gl.int64) * M + m
         kept_row = kept_ptr + block * (1 + slots)
         count = gl.load(kept_row)
         num_tiles = count
@@ -128,15 +81,12 @@ def _consume(
         if RAGGED:
             last = gl.load(kept_row + count, mask=count < T, other=T - 1)
             short = gl.where(last == T - 1, count - 1, -1)
-        b, h = head // H, head % H
-        row = block * 128 + part * 64 + gl.arange(0, 64, layout=row_layout)
+        # All rows of a GPU's memory have numbers of 32 bits, which leave registers to the loop.
+        row = (head * M + m) * 128 + part * 64 + gl.arange(0, 64, layout=row_layout)
         lse, offset = gl.load(lse_ptr + row), gl.load(offset_ptr + row)
         cap = lse
         if cap_ptr is not None:
             cap = gl.load(cap_ptr + row)
-        k_mean = 0.0
-        if k_mean_ptr is not None:
-            k_mean = channels(k_mean_ptr + (b * (H // GROUP) + h // GROUP).to(gl.int64) * D, D)
 
         mbarrier.wait(q_full, turn & 1)
         q = q_smem.index(part).load(left_operand(s_layout, 2))
@@ -145,19 +95,20 @@ def _consume(
         dq = gl.zeros([64, D], gl.float32, layout=o_layout)
         dropped = sum_in_thread(gl.zeros([64, 64], gl.float32, layout=s_layout))
         mbarrier.wait(full.index(slot_of(step, STAGES)), phase_of(step, STAGES))
-        score_token, prob_token = _issue(q, grad, k_smem, v_smem, step)
+        score_token, prob_token = issue_scores(q, grad, k_smem, v_smem, step)
         if turn > 0:
             tma.store_wait(0)
             if ACCUMULATE:
                 mbarrier.arrive(dq_empty, count=1)
         scores, d_probs = warpgroup_mma_wait(0, deps=[score_token, prob_token])
         if RAGGED:
-            scores = _mask_short(scores, short == 0, last_size)
-        d_scores = _score_gradient(scores, d_probs, lse, offset, cap, factor, cap_ptr is not None).to(dtype)
+            for _ in range((short == 0).to(gl.int32)):
+                scores = mask_short(scores, last_size)
+        d_scores = score_gradient(scores, d_probs, lse, offset, cap, factor, cap_ptr is not None).to(dtype)
         if num_tiles > 1:
             mbarrier.wait(full.index(slot_of(step + 1, STAGES)), phase_of(step + 1, STAGES))
         for i in range(1, num_tiles):
-            score_token, prob_token = _issue(q, grad, k_smem, v_smem, step + 1)
+            score_token, prob_token = issue_scores(q, grad, k_smem, v_smem, step + 1)
             slot = slot_of(step, STAGES)
             left = gl.convert_layout(d_scores, left_operand(o_layout, 2))
             token = warpgroup_mma(left, k_smem.index(slot), dq, is_async=True)
@@ -170,15 +121,14 @@ def _consume(
                     lse, offset = gl.load(tail_lse_ptr + row) - MEAN_BIAS, gl.load(tail_offset_ptr + row)
                     cap = gl.full([64], float("inf"), gl.float32, layout=row_layout)
                 for _ in range(((i >= count) | (i == short)).to(gl.int32)):
-                    scores = _mask(
-                        scores, (i - count) * 64, i >= count, bits_ptr + block * words, words, T, last_size,
-                        last_bias, RAGGED,
-                    )  # fmt: skip
+                    first = gl.where(i >= count, (i - count) * 64, -1)
+                    scores = mask(scores, first, bits_ptr + block * words, words, T, last_size, last_bias, RAGGED)
                     if not VALUES:
                         d_probs = d_probs * 0.0
             elif RAGGED:
-                scores = _mask_short(scores, i == short, last_size)
-            d_scores = _score_gradient(scores, d_probs, lse, offset, cap, factor, cap_ptr is not None).to(dtype)
+                for _ in range((i == short).to(gl.int32)):
+                    scores = mask_short(scores, last_size)
+            d_scores = score_gradient(scores, d_probs, lse, offset, cap, factor, cap_ptr is not None).to(dtype)
             # Here and not where it is needed: a branch keeps the assembler from moving the next wait up to before the
             # exponentials.
             if i + 1 < num_tiles:
@@ -188,7 +138,10 @@ def _consume(
             step += 1
         left = gl.convert_layout(d_scores, left_operand(o_layout, 2))
         token = warpgroup_mma(left, k_smem.index(slot_of(step, STAGES)), dq, is_async=True)
+        b, h = head // H, head % H
+        k_mean = 0.0
         if k_mean_ptr is not None:
+            k_mean = channels(k_mean_ptr + (b * (H // GROUP) + h // GROUP).to(gl.int64) * D, D)
             dropped += sum_in_thread(d_scores.to(gl.float32)) * (num_tiles <= count).to(gl.float32)
         dq = warpgroup_mma_wait(0, deps=[token])
         mbarrier.arrive(empty.index(slot_of(step, STAGES)), count=1)

@@ -12,9 +12,9 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sla2_compile.kernels.hardware import capability
-from sla2_compile.kernels.launch_arguments import next_power_of_two
 from sla2_compile.kernels.settings import Settings
 from sla2_compile.kernels.tensor_rows import matrix_shape
+from sla2_compile.kernels.triton_backward_rows import FIELDS, Rows
 
 BLOCK_Q, BLOCK_K = 128, 64
 ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
@@ -80,12 +80,10 @@ def matrix_tiles(x: Tensor, rows: int) -> TensorDescriptor:
     return _tiles(x, [x.numel() // columns, columns], rows, columns)
 
 
-def rows_tiles(first: Tensor, num_fields: int) -> TensorDescriptor:
-    """A descriptor for tiles of 64 rows of some fields, which lie one behind the other in memory, `first` first."""
-    size = first.numel()
-    fields = next_power_of_two(num_fields)
-    layout = shared_layout(fields, 64, first.dtype)
-    return TensorDescriptor(first, [num_fields, size], [size, 1], [fields, 64], layout)
+def statistics_tiles(rows: Rows) -> TensorDescriptor:
+    """A descriptor for tiles of two neighbouring fields of 64 rows; the fields lie in memory one behind the other."""
+    size = rows.sparse_lse.numel()
+    return _tiles(rows.sparse_lse, [len(FIELDS), size], 2, 64)
 
 
 def _tiles(x: Tensor, shape: list[int], rows: int, columns: int) -> TensorDescriptor:
