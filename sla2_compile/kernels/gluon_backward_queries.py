@@ -104,7 +104,7 @@ def _consume(
         if RAGGED:
             for _ in range((short == 0).to(gl.int32)):
                 scores = mask_short(scores, last_size)
-        d_scores = score_gradient(scores, d_probs, lse, offset, cap, factor, cap_ptr is not None).to(dtype)
+        d_scores = score_gradient(scores, d_probs, lse, offset, cap, factor, dtype, cap_ptr is not None)
         if num_tiles > 1:
             mbarrier.wait(full.index(slot_of(step + 1, STAGES)), phase_of(step + 1, STAGES))
         for i in range(1, num_tiles):
@@ -128,7 +128,7 @@ def _consume(
             elif RAGGED:
                 for _ in range((i == short).to(gl.int32)):
                     scores = mask_short(scores, last_size)
-            d_scores = score_gradient(scores, d_probs, lse, offset, cap, factor, cap_ptr is not None).to(dtype)
+            d_scores = score_gradient(scores, d_probs, lse, offset, cap, factor, dtype, cap_ptr is not None)
             # Here and not where it is needed: a branch keeps the assembler from moving the next wait up to before the
             # exponentials.
             if i + 1 < num_tiles:

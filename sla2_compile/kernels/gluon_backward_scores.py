@@ -1,4 +1,4 @@
-"""A tile's scores and their gradients, for `gluon_backward_queries.py`: how they are issued, masked and put together."""
+"""A tile's scores and their gradients, for `gluon_backward_queries.py`: how they are issued, masked, put together."""
 
 from __future__ import annotations
 
@@ -65,9 +65,22 @@ def mask(scores, first, words_ptr, words, T, last_size, last_bias, RAGGED: gl.co
 
 
 @gluon.jit
-def score_gradient(scores, d_probs, lse, offset, cap, factor, CAP: gl.constexpr):
-    """dS (64, 64) float32 of scores and d_probs, for each row's log-sum-exp in base 2 and offset."""
+def _to_16_bits(x, dtype: gl.constexpr):
+    """float32 to 16 bits, in pairs, here and now: the compiler does it, and what leads to it, behind the next wait."""
+    if dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=gl.bfloat16, is_pure=False, pack=2
+        )
+    else:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=gl.float16, is_pure=False, pack=2
+        )
+
+
+@gluon.jit
+def score_gradient(scores, d_probs, lse, offset, cap, factor, dtype: gl.constexpr, CAP: gl.constexpr):
+    """dS (64, 64) of scores and d_probs, for each row's log-sum-exp in base 2 and offset."""
     scores = scores * factor - lse[:, None]
     if CAP:
         scores = gl.minimum(scores, cap[:, None])
-    return gl.exp2(scores) * (d_probs - offset[:, None])
+    return _to_16_bits(gl.exp2(scores) * (d_probs - offset[:, None]), dtype)
