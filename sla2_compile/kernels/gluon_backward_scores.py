@@ -27,9 +27,9 @@ def _past(limit):
 
 
 @gluon.jit
-def _has_bit(low, high, layout: gl.constexpr):
+def _has_bit(low, high):
     """Which of 64 columns have their bit set in two words."""
-    column = gl.arange(0, 64, layout=gl.SliceLayout(0, layout))
+    column = gl.arange(0, 64, layout=gl.SliceLayout(0, scores_layout(2)))
     # In two parts: the first is the same for all columns of a thread, the second a constant.
     word = (gl.where(column < 32, low, high) >> (column & 6)) >> (column & 25)
     return (word & 1) != 0
@@ -38,7 +38,7 @@ def _has_bit(low, high, layout: gl.constexpr):
 @gluon.jit
 def mask_short(scores, last_size):
     """-inf for keys past the end in the last, short key block."""
-    is_past = _has_bit(_past(last_size), _past(gl.maximum(last_size - 32, 0)), scores.type.layout)
+    is_past = _has_bit(_past(last_size), _past(gl.maximum(last_size - 32, 0)))
     return gl.where(is_past[None, :], float("-inf"), scores)
 
 
@@ -54,13 +54,13 @@ def mask(scores, first, words_ptr, words, T, last_size, last_bias, RAGGED: gl.co
     high = gl.load(words_ptr + word + 1, mask=is_mean & (word + 1 < words), other=0)
     limit = gl.where(is_mean, T - first, last_size)
     low, high = low | _past(limit), high | _past(gl.maximum(limit - 32, 0))
-    scores = gl.where(_has_bit(low, high, scores.type.layout)[None, :], float("-inf"), scores)
+    scores = gl.where(_has_bit(low, high)[None, :], float("-inf"), scores)
     if RAGGED:
         # The bit of that block, if it is here.
         place = gl.where(is_mean & (limit <= 64), limit - 1, -1)
         low = gl.where((place >= 0) & (place < 32), 1 << (place & 31), 0)
         high = gl.where(place >= 32, 1 << (place & 31), 0)
-        scores += gl.where(_has_bit(low, high, scores.type.layout), last_bias, 0.0)[None, :]
+        scores += gl.where(_has_bit(low, high), last_bias, 0.0)[None, :]
     return scores
 
 
