@@ -77,10 +77,8 @@ def _consume(
         if TAIL:
             num_tiles += gl.where(count == T, 0, (T + 63) // 64)
         # The kept tile with keys past the end, if there is one.
-        short = -1
-        if RAGGED:
-            last = gl.load(kept_row + count, mask=count < T, other=T - 1)
-            short = gl.where(last == T - 1, count - 1, -1)
+        last = gl.load(kept_row + count, mask=count < T, other=T - 1) if RAGGED else -1
+        short = gl.where(last == T - 1, count - 1, -1)
         # All rows of a GPU's memory have numbers of 32 bits, which leave registers to the loop.
         row = (head * M + m) * 128 + part * 64 + gl.arange(0, 64, layout=row_layout)
         lse, offset = gl.load(lse_ptr + row), gl.load(offset_ptr + row)
