@@ -53,9 +53,13 @@ REGISTERS = 64 * 1024
 # What the tensor cores of these GPUs multiply, said here once more so that a mistake of `dispatch.py` shows.
 FORMATS = {80: {"int8"}, 86: {"int8"}} | {arch: {"int8", "fp8"} for arch in (89, 90, 100, 120)}
 
-# Its registers are divided among three groups of warps by hand, so a query block's scalars, used outside its loops,
-# may be in local memory; every other kernel has no stack.
-DIVIDES_REGISTERS = "gluon_attention.attention_kernel"
+# Their registers are divided among groups of warps by hand, so a block's scalars, used outside their loops, may be in
+# local memory; every other kernel has no stack.
+DIVIDE_REGISTERS = (
+    "gluon_attention.attention_kernel",
+    "gluon_backward_keys.keys_kernel",
+    "gluon_backward_queries.queries_kernel",
+)
 # Loads and stores in its loops where values are FP8, of some 2,000 instructions. The output, one tile's part of it,
 # which FP8 tensor cores may not add up themselves, and the scores fill a thread's 240 registers.
 LOCAL_IN_LOOPS_WITH_FP8_VALUES = 14
@@ -162,7 +166,7 @@ def compile_launch(launch: Launch) -> Compiled:
         return Compiled(*label, None, None, None, None, _short(error))
     shared, limit = kernel.metadata.shared, GPUS[launch.arch].shared_memory
     problems = []
-    if launch.kernel != DIVIDES_REGISTERS:
+    if launch.kernel not in DIVIDE_REGISTERS:
         problems += ["spills"] if stack else []
     elif in_loops is None:
         problems.append("has no loop with tensor-core instructions, so nothing is known of its spills")
@@ -170,7 +174,7 @@ def compile_launch(launch: Launch) -> Compiled:
         problems.append(f"spills in loops, where {_known_in_loops(launch)} loads and stores are known")
     if shared > limit:
         problems.append(f"needs more than {limit} bytes of shared memory")
-    if registers * 32 * launch.options.num_warps > REGISTERS and launch.kernel != DIVIDES_REGISTERS:
+    if registers * 32 * launch.options.num_warps > REGISTERS and launch.kernel not in DIVIDE_REGISTERS:
         problems.append(f"needs more than {REGISTERS} registers")
     return Compiled(*label, registers, shared, stack, in_loops, ", ".join(problems))
 

@@ -295,6 +295,8 @@ def reduce(x: Value, axis: int, combine: Callable[[Value, Value], Value], **_: A
 # How the assembly that kernels embed is told apart, and what it makes of one element. More may be added by a test.
 ASSEMBLY: dict[str, Callable[..., Tensor]] = {
     "cvt.rn.satfinite.e4m3x2.f32": lambda x: x.clamp(-448, 448).to(torch.float8_e4m3fn),
+    "cvt.rn.bf16x2.f32": lambda x: x.to(torch.bfloat16),
+    "cvt.rn.f16x2.f32": lambda x: x.to(torch.float16),
     # The last byte of a float32.
     "prmt.b32 low, $1, $2, 0x0040": lambda x: x.view(torch.int32).bitwise_and(255).to(torch.uint8).view(torch.int8),
 }

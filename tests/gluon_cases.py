@@ -42,3 +42,20 @@ CASES = {
         for tail, case in {"pooled": POOLED, "linear": PAPERS}.items()
     },
 }
+BACKWARD_CASES = {
+    "pooled row": POOLED,
+    "pooled row, learned, head dim 128": dataclasses.replace(POOLED, dim=128, learned=True, **RAGGED),
+    "pooled block": dataclasses.replace(POOLED, mixing="block", learned=True, q_len=200, kv_len=320),
+    "linear block": PAPERS,
+    "linear block, ragged, head dim 128": dataclasses.replace(PAPERS, dim=128, **RAGGED),
+    "linear row": dataclasses.replace(PAPERS, mixing="row", **RAGGED),
+    "batch and groups": dataclasses.replace(POOLED, batch=2, heads=4, kv_heads=2, q_len=130, kv_len=200),
+    "linear, batch and groups": dataclasses.replace(PAPERS, batch=2, heads=2, kv_heads=1, q_len=130, kv_len=200),
+    "exact ends": dataclasses.replace(POOLED, q_len=400, kv_len=400, exact_prefix=70, exact_suffix=10),
+    "dense": dataclasses.replace(POOLED, sparsity=0.0, **RAGGED),
+    "dense linear": dataclasses.replace(PAPERS, sparsity=0.0, **RAGGED),
+    "more keys than queries": dataclasses.replace(POOLED, q_len=64, kv_len=64 * 70 + 5, sparsity=0.97),
+    "one block of each": dataclasses.replace(POOLED, q_len=5, kv_len=3),
+    "long lists": dataclasses.replace(POOLED, q_len=48 * 128, kv_len=16 * 64, sparsity=0.94, popular=True),
+    "int8 forward": dataclasses.replace(POOLED, qk_format="int8", key_offset=1.0, **RAGGED),
+}

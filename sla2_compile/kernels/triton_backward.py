@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from sla2_compile.kernels import blocked_backward
+from sla2_compile.kernels import blocked_backward, gluon_backward_keys, gluon_backward_queries
 from sla2_compile.kernels.hardware import shared_memory
 from sla2_compile.kernels.settings import Settings, empty_output, row_gain
 from sla2_compile.kernels.triton_backward_keys import key_gradients, keys_config
@@ -100,13 +100,14 @@ def backward(
         if has_tail and (pooled or settings.mixing == "row"):
             tail = tail_config(*hardware, gathers=order is not None)
             dk_bar, dv_bar = tail_gradient(grad_out, q, index.bits, means, rows, order, settings, tail)
-        query_gradient(
-            dq, grad_out, q, k, v, kept, index.bits, means, rows, real, order, settings, queries_config(*hardware)
-        )
-        key_gradients(
+        of_queries = (dq, grad_out, q, k, v, kept, index.bits, means, rows, real, order, settings)
+        if not gluon_backward_queries.query_gradient(*of_queries):
+            query_gradient(*of_queries, queries_config(*hardware))
+        of_keys = (
             dk, dv, grad_out, q, k, v, index, rows, means.n, dk_bar, dv_bar, correction, real, order, settings,
-            keys_config(dim, q.element_size(), q.device),
         )  # fmt: skip
+        if not gluon_backward_keys.key_gradients(*of_keys):
+            key_gradients(*of_keys, keys_config(dim, q.element_size(), q.device))
     return dq, dk, dv, d_logit, d_gain
 
 

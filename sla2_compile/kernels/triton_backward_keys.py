@@ -261,35 +261,56 @@ def key_gradients(
     """
     (_, heads, q_len, dim), (batch, key_heads, kv_len, _) = q.shape, k.shape
     T, max_parts = index.count.shape[1], index.part_key.shape[1]
-    partial = q.new_empty(2, batch * key_heads, max_parts, settings.block_k, dim, dtype=torch.float32)
+    partial = empty_parts(k, index, settings)
     key_size = min(config.keys, settings.block_k)
     key_parts = settings.block_k // key_size
     splits = 1 if dk_bar is None else dk_bar.shape[0]
-    shared = {
-        "D": dim,
-        "BLOCK_D": padded_dim(dim),
-        "BLOCK_K": settings.block_k,
-        "SPLITS": next_power_of_two(splits),
-        "ACCUMULATE": correction is not None,
-    }
-    real_stride, split_stride = 0 if real is None else real.stride(0), 0 if dk_bar is None else dk_bar.stride(0)
-    sizes = (max_parts, index.part_length, splits, settings.scale)
-    strides = (real_stride, split_stride, partial.stride(0))
     unit, token = token_strides(q, k, v, grad_out)
     _keys_kernel[batch * key_heads * (max_parts + T) * key_parts,](
         q, k, v, grad_out, real, order, rows.sparse_lse, rows.offset, rows.sparse_cap, n, dk_bar, dv_bar,
         index.count, index.start, index.lists, index.first_part, index.part_key, correction, partial, dk, dv,
-        *token, *strides,
-        heads, q_len, kv_len, index.bits.shape[1], T, batch * key_heads, index.lists.shape[1], *sizes,
-        GROUP=heads // key_heads, BLOCK_Q=settings.block_q, ROWS=min(config.rows, settings.block_q), KEYS=key_size,
-        CAP=settings.qk_format is not None, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        *token, 0 if real is None else real.stride(0), 0 if dk_bar is None else dk_bar.stride(0), partial.stride(0),
+        heads, q_len, kv_len, index.bits.shape[1], T, batch * key_heads, index.lists.shape[1], max_parts,
+        index.part_length, splits, settings.scale,
+        GROUP=heads // key_heads, D=dim, BLOCK_D=padded_dim(dim), BLOCK_Q=settings.block_q, BLOCK_K=settings.block_k,
+        ROWS=min(config.rows, settings.block_q), KEYS=key_size, SPLITS=next_power_of_two(splits),
+        ACCUMULATE=correction is not None, CAP=settings.qk_format is not None,
+        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         STAGES=config.num_stages, UNIT=unit, num_warps=config.num_warps, maxnreg=max_registers(config.num_warps),
-        **shared,
     )  # fmt: skip
-    if heads // key_heads * index.bits.shape[1] < 2 * index.part_length:
+    add_parts(dk, dv, q, index, n, dk_bar, dv_bar, correction, real, order, partial, min(key_size, 32), settings)
+
+
+def empty_parts(k: Tensor, index: InverseIndex, settings: Settings) -> Tensor:
+    """Uninitialised sums of dk and dv of all parts: (2, B G, max_parts, block_k, D) float32."""
+    (batch, key_heads, _, dim), max_parts = k.shape, index.part_key.shape[1]
+    return k.new_empty(2, batch * key_heads, max_parts, settings.block_k, dim, dtype=torch.float32)
+
+
+def add_parts(
+    dk: Tensor,
+    dv: Tensor,
+    q: Tensor,
+    index: InverseIndex,
+    n: Tensor,
+    dk_bar: Tensor | None,
+    dv_bar: Tensor | None,
+    correction: Tensor | None,
+    real: Tensor | None,
+    order: Tensor | None,
+    partial: Tensor,
+    key_size: int,
+    settings: Settings,
+) -> None:
+    """Write dk, dv of the key blocks whose lists were split, `key_size` keys a program."""
+    (batch, key_heads, kv_len, dim), (T, max_parts) = dk.shape, (index.count.shape[1], index.part_key.shape[1])
+    if q.shape[1] // key_heads * index.bits.shape[1] < 2 * index.part_length:
         return  # no list can be as long as that
-    key_size = min(key_size, 32)
+    splits = 1 if dk_bar is None else dk_bar.shape[0]
     _parts_kernel[batch * key_heads * T, settings.block_k // key_size](
         real, order, n, dk_bar, dv_bar, index.count, index.first_part, correction, partial, dk, dv,
-        *strides, key_heads, kv_len, T, *sizes, KEYS=key_size, num_warps=4, maxnreg=MAX_REGISTERS, **shared,
+        0 if real is None else real.stride(0), 0 if dk_bar is None else dk_bar.stride(0), partial.stride(0),
+        key_heads, kv_len, T, max_parts, index.part_length, splits, settings.scale,
+        D=dim, BLOCK_D=padded_dim(dim), BLOCK_K=settings.block_k, KEYS=key_size, SPLITS=next_power_of_two(splits),
+        ACCUMULATE=correction is not None, num_warps=4, maxnreg=MAX_REGISTERS,
     )  # fmt: skip

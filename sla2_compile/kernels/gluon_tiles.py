@@ -1,0 +1,96 @@
+"""Tensors as tiles for Hopper's copy engine, and rings of them in shared memory: the backward's kernels share it."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from sla2_compile.kernels.hardware import capability
+from sla2_compile.kernels.settings import Settings
+from sla2_compile.kernels.tensor_rows import matrix_shape
+from sla2_compile.kernels.triton_backward_rows import FIELDS, Rows
+
+BLOCK_Q, BLOCK_K = 128, 64
+ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
+
+
+@gluon.constexpr_function
+def log2(power):
+    """The exponent of a power of two."""
+    return power.bit_length() - 1
+
+
+@gluon.jit
+def slot_of(step, STAGES: gl.constexpr):
+    """Where in a ring of a power of two slots the tile number `step` is."""
+    return step & (STAGES - 1)
+
+
+@gluon.jit
+def phase_of(step, STAGES: gl.constexpr):
+    """Parity of the round of the ring in which tile `step` comes."""
+    return (step >> log2(STAGES)) & 1
+
+
+@gluon.jit
+def channels(ptr, D: gl.constexpr):
+    """A vector (D,), one element a thread: it waits for its use in few registers."""
+    return gl.load(ptr + gl.arange(0, D, layout=gl.BlockedLayout([1], [32], [4], [0])))
+
+
+@gluon.jit
+def write_rows(tiles, ptr, x, smem, row, column, first, N, pitch):
+    """Write (64, D) to the tokens from `first` on that exist, by way of `smem`, busy until `tma.store_wait`."""
+    D: gl.constexpr = x.shape[1]
+    smem.store(x)
+    fence_async_shared()
+    if first + 64 <= N:
+        tma.async_copy_shared_to_global(tiles, [row + first, column], smem)
+    else:
+        layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+        token = first + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
+        channel = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
+        pointers = ptr + (row + token).to(gl.int64)[:, None] * pitch + (column + channel)[None, :]
+        gl.store(pointers, smem.load(layout), mask=(token < N)[:, None])
+
+
+def is_eligible(q: Tensor, real: Tensor | None, order: Tensor | None, kv_len: int, settings: Settings) -> bool:
+    """Whether the backward's kernels for Hopper take such inputs, but for strides."""
+    on_hopper = capability(q.device)[0] == 9
+    fits = q.dtype in (torch.bfloat16, torch.float16) and q.shape[3] in (64, 128)
+    blocks = (settings.block_q, settings.block_k) == (BLOCK_Q, BLOCK_K)
+    return on_hopper and fits and blocks and real is None and order is None and kv_len > 1
+
+
+def token_tiles(x: Tensor) -> TensorDescriptor | None:
+    """A descriptor for tiles of 64 tokens of `x` (B, H, N, D); None where its layout forbids it."""
+    shape = matrix_shape(x)
+    return shape and _tiles(x, list(shape), 64, x.shape[3])
+
+
+def matrix_tiles(x: Tensor, rows: int) -> TensorDescriptor:
+    """A descriptor for tiles of `rows` whole rows of contiguous `x` (..., columns)."""
+    columns = x.shape[-1]
+    return _tiles(x, [x.numel() // columns, columns], rows, columns)
+
+
+def statistics_tiles(rows: Rows) -> TensorDescriptor:
+    """A descriptor for tiles of two neighbouring fields of 64 rows; the fields lie in memory one behind the other."""
+    size = rows.sparse_lse.numel()
+    return _tiles(rows.sparse_lse, [len(FIELDS), size], 2, 64)
+
+
+def _tiles(x: Tensor, shape: list[int], rows: int, columns: int) -> TensorDescriptor:
+    return TensorDescriptor(x, shape, [shape[1], 1], [rows, columns], shared_layout(rows, columns, x.dtype))
+
+
+@functools.cache
+def shared_layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    """How such a tile lies in shared memory."""
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], ELEMENTS[dtype])

@@ -1,0 +1,35 @@
+"""The backward's kernels for Hopper in the emulator, against float64 autograd; no GPU is needed."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+
+import pytest
+import torch
+from gluon_cases import BACKWARD_CASES
+from interpreter import interpret
+from test_triton_backward import INTERPRETER_FACTOR, allowed
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+
+# The interpreter rounds to bfloat16 towards zero, which shows where a linear tail's part is added.
+IN_BFLOAT16 = ["pooled row, learned, head dim 128", "exact ends"]
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "names, dtype",
+    [
+        pytest.param([name for name in BACKWARD_CASES if name not in IN_BFLOAT16], "float16", id="float16"),
+        pytest.param(IN_BFLOAT16, "bfloat16", id="bfloat16"),
+    ],
+)
+def test_in_the_emulator_gradients_of_hopper_have_no_race_and_are_those_of_float64(
+    names: list[str], dtype: str
+) -> None:
+    for name, errors in interpret("interpret_gluon_backward.py", names, dtype).items():
+        case = dataclasses.replace(BACKWARD_CASES[name], dtype=getattr(torch, dtype))
+        for gradient in ("dq", "dk", "dv"):
+            limit = allowed(errors["eager"][gradient], case, gradient, INTERPRETER_FACTOR)
+            assert errors["triton"][gradient] <= limit, (name, gradient, errors)
