@@ -106,6 +106,7 @@ def quick_cases() -> Iterator[Case]:
     yield Case()
     yield Case(tail="linear", mixing="block")
     yield Case(grid=True, masked=True, gain=True, logit=True)
+    yield Case(grid=True, gain=True, logit=True)
     for qk_format, pv_format in FORMATS:
         yield Case(qk_format=qk_format, pv_format=pv_format)
 
@@ -118,6 +119,11 @@ def all_cases() -> Iterator[Case]:
         yield Case(dim=dim, tail="linear", mixing="block", training=True)
         yield Case(dim=dim, qk_format="int8")
         yield Case(dim=dim, qk_format="fp8", pv_format="fp8")
+    for dim in (64, 128):
+        yield Case(dim=dim, gain=True, logit=True, training=True)
+        yield Case(dim=dim, grid=True)
+        yield Case(dim=dim, grid=True, gain=True, logit=True, training=True)
+        yield Case(dim=dim, grid=True, tail="linear", mixing="block")
     for dim in (64, 256):
         yield Case(dim=dim, tail="linear", mixing="block")
         yield Case(dim=dim, tail="pooled", mixing="block")
@@ -134,6 +140,8 @@ def all_cases() -> Iterator[Case]:
         yield replace(options, tail=tail, mixing=mixing, gain=mixing == "row")
     yield replace(options, qk_format="int8", pv_format="fp8", key_heads=2)
     yield replace(options, qk_format="int8", tail="linear", mixing="block")
+    yield Case(qk_format="fp8", pv_format="fp8", sparsity=0.75)
+    yield Case(qk_format="int8", pv_format="fp8", gain=True, logit=True)
     for qk_format, pv_format in FORMATS:
         yield Case(tail="linear", mixing="block", qk_format=qk_format, pv_format=pv_format)
     yield Case(sparsity=0.0, training=True)
