@@ -22,6 +22,7 @@ from examples.paper_table.context import Context
 from examples.paper_table.jobs import SERVED, RowJob, Stage1, TeacherStage, serve_in_new_process
 from examples.paper_table.measures import feature_distance, kernel_distance, psnr, ssim
 from examples.paper_table.presets import FULL, REHEARSAL, TINY
+from examples.paper_table.published import TEACHER, read_teacher, write_teacher
 from examples.paper_table.report import page, verdict
 from examples.paper_table.rows import DEFAULT, FORMS, PAPER, Row, all_rows
 from examples.paper_table.schedule import all_jobs, expected_seconds, pending, run_jobs
@@ -56,10 +57,38 @@ def context(root: Path) -> Context:
     return Context(TINY, Storage("tiny", root), "cpu", time.monotonic() + 600)
 
 
+# The teacher that lies in the repository
+
+
+def test_a_published_model_has_its_matrices_rounded_and_all_else_as_it_was(tmp_path: Path) -> None:
+    weights = {"matrix": torch.randn(120, 100), "table": torch.randn(11, 40), "bias": torch.randn(100)}
+    weights["matrix"][3] = 0
+    write_teacher(weights, tmp_path / "teacher")
+    found = read_teacher(tmp_path / "teacher")
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[name], weights[name]) for name in ("table", "bias"))
+    # Half a code, of which a row's largest number has 127.
+    limit = weights["matrix"].abs().amax(1, keepdim=True) / 254
+    assert ((found["matrix"] - weights["matrix"]).abs() <= 1.001 * limit).all()
+    assert not torch.equal(found["matrix"], weights["matrix"])
+
+
+def test_the_command_publishes_the_trained_teacher(root: Path) -> None:
+    assert command.main(["publish", "--tiny", "--root", str(root)]) == 0
+    found = read_teacher(Storage("tiny", root).work / TEACHER.name)
+    VideoDiT(TINY.model).load_state_dict(found)
+
+
+def test_rows_begin_from_the_published_teacher_where_none_was_trained(tmp_path: Path) -> None:
+    teacher = Context(FULL, Storage("full", tmp_path), "cpu", time.monotonic()).teacher
+    weights = teacher.state_dict()
+    assert all(torch.equal(weights[name], x) for name, x in read_teacher().items())
+
+
 # The rows
 
 
-def test_every_row_has_a_name_of_its_own_and_the_issue_s_rows_are_there() -> None:
+def test_every_row_has_a_name_of_its_own_and_all_comparisons_of_the_paper_are_there() -> None:
     rows = all_rows()
     assert len({row.name for row in rows}) == len(rows)
     for sparsity in (0.95, 0.97):

@@ -4,6 +4,7 @@
     python -m examples.paper_table plan                          # what is done, what is missing, and how long it takes
     python -m examples.paper_table run --budget-seconds 540 --bundle DIR      # as many jobs as the time allows
     python -m examples.paper_table collect DIR                   # take in what a run on another machine brought back
+    python -m examples.paper_table publish                       # round the trained teacher into teacher.safetensors
     python -m examples.paper_table report                        # write docs/paper_table.md
 
 `--tiny` does the same in a size that shows that everything runs; its numbers mean nothing. So does `--rehearsal` at the
@@ -21,6 +22,7 @@ import torch
 
 from examples.paper_table.context import Context
 from examples.paper_table.presets import FULL, REHEARSAL, TINY, Preset
+from examples.paper_table.published import TEACHER, write_teacher
 from examples.paper_table.schedule import all_jobs, pending, run_jobs
 from examples.paper_table.storage import HERE, Storage
 from examples.video_dit.photographs import gather, pack
@@ -43,6 +45,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     collect = commands.add_parser("collect", parents=[common], help="take in a bundle")
     collect.add_argument("folder", type=Path)
+    commands.add_parser("publish", parents=[common], help="write the trained teacher in 8 bits beside this file")
     report = commands.add_parser("report", parents=[common], help="write the page and its pictures")
     report.add_argument("--docs", type=Path, help="folder of the page (default: docs; for other sizes, their work)")
     return parser.parse_args(arguments)
@@ -72,6 +75,13 @@ def main(arguments: list[str] | None = None) -> int:
         show_plan(preset, storage)
     elif args.command == "collect":
         print("new:", ", ".join(storage.read_bundle(args.folder)) or "nothing")
+    elif args.command == "publish":
+        weights = storage.read_weights(f"teacher-{preset.teacher_stages - 1}")
+        if weights is None:
+            raise SystemExit(f"expected the teacher in {storage.work}; its last stage is not done")
+        path = TEACHER if preset is FULL else storage.work / TEACHER.name
+        write_teacher(weights, path)
+        print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
     elif args.command == "report":
         from examples.paper_table.report import write_report
 

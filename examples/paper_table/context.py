@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from examples.paper_table.measures import feature_distance, features, kernel_distance, psnr, ssim
-from examples.paper_table.presets import Preset
+from examples.paper_table.presets import FULL, Preset
+from examples.paper_table.published import TEACHER, read_teacher
 from examples.paper_table.rows import PV_FORMAT, QK_FORMAT
 from examples.paper_table.storage import Storage
 from examples.video_dit.clips import ClipMaker, Clips
@@ -56,6 +57,8 @@ class Context:
     def teacher(self) -> VideoDiT:
         """The trained teacher, not compiled."""
         weights = self.storage.read_weights(self.last_stage)
+        if weights is None and self.preset is FULL and TEACHER.exists():
+            weights = read_teacher()
         if weights is None:
             raise FileNotFoundError(f"expected the teacher in {self.storage.work}; its last stage is not done")
         model = self.new_model()
