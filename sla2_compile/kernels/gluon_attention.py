@@ -14,30 +14,22 @@ matmul. All else is `triton_mixture.py`'s.
 
 from __future__ import annotations
 
-import functools
-
-import torch
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sla2_compile.kernels.attention_stage import AttentionInputs, Outputs
 from sla2_compile.kernels.gluon_consume import consume
 from sla2_compile.kernels.gluon_fetch import fetch
 from sla2_compile.kernels.gluon_gather import MIN_STAGES, gather
-from sla2_compile.kernels.hardware import capability, num_multiprocessors, shared_memory
+from sla2_compile.kernels.gluon_tiles import BLOCK_K, matrix_tiles, suits_hopper, token_tiles
+from sla2_compile.kernels.hardware import num_multiprocessors, shared_memory
 from sla2_compile.kernels.settings import Settings
-from sla2_compile.kernels.tensor_rows import matrix_shape, matrix_steps
+from sla2_compile.kernels.tensor_rows import matrix_steps
 
-BLOCK_Q, BLOCK_K = 128, 64
 HEAD_START = True
 # Of FP8 values that tensor cores add up: each addition cuts off up to 2^-13 of the sum, so 128 of them 0.8 % at most.
 MAX_TILES_IN_TENSOR_CORES = 64
-ELEMENTS = {
-    torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.int8: gl.int8, torch.float8_e4m3fn: gl.float8e4nv,
-}  # fmt: skip
 
 
 @gluon.jit
@@ -139,16 +131,13 @@ def _attention_kernel(
 
 
 def _is_eligible(inputs: AttentionInputs, settings: Settings) -> bool:
-    on_hopper = capability(inputs.q.device)[0] == 9
-    fits = inputs.q.dtype in (torch.bfloat16, torch.float16) and inputs.q.shape[3] in (64, 128)
-    blocks = (settings.block_q, settings.block_k) == (BLOCK_Q, BLOCK_K)
     plain = inputs.real is None and inputs.k.shape[2] > 1
     smooth = inputs.codes.v is None or inputs.codes.k is not None
     tail = settings.tail == "pooled" or settings.mixing == "block" or not inputs.has_tail
     # Whoever gathers has no registers to spare for codes, and copies 16 bytes at a time.
     wide = all(x.stride(2) % 16 == 0 and x.data_ptr() % 16 == 0 for x in (inputs.q, inputs.k, inputs.v))
     order = inputs.order is None or (wide and not settings.is_low_bit)
-    return on_hopper and fits and blocks and plain and smooth and tail and order
+    return suits_hopper(inputs.q, settings) and plain and smooth and tail and order
 
 
 def attend(outputs: Outputs, inputs: AttentionInputs, settings: Settings) -> bool:
@@ -159,17 +148,17 @@ def attend(outputs: Outputs, inputs: AttentionInputs, settings: Settings) -> boo
     (batch, heads, q_len, dim), (key_heads, kv_len) = q.shape, k.shape[1:3]
     T, slots, blocks = statistics.n.shape[1], inputs.kept.shape[3] - 1, inputs.kept.shape[2]
     tiles = [
-        _token_tiles(q),
-        _token_tiles(k) if codes.k is None else _matrix_tiles(codes.k, BLOCK_K),
-        _token_tiles(v) if codes.v is None else _matrix_tiles(codes.v, dim),
+        token_tiles(q),
+        token_tiles(k) if codes.k is None else matrix_tiles(codes.k, BLOCK_K),
+        token_tiles(v) if codes.v is None else matrix_tiles(codes.v, dim),
     ]
     pooled = inputs.has_tail and settings.tail == "pooled"
     num_stages = _num_stages(dim, inputs, pooled=pooled)
     if None in tiles or (inputs.order is not None and num_stages < MIN_STAGES):
         return False
-    tiles += [_matrix_tiles(mean, BLOCK_K) if pooled else None for mean in (statistics.k_bar, statistics.v_bar)]
-    tiles.append(None if states is None else _matrix_tiles(states, dim))
-    tiles += [None if x is None else _token_tiles(x) for x in (outputs.out, outputs.sparse_out)]
+    tiles += [matrix_tiles(mean, BLOCK_K) if pooled else None for mean in (statistics.k_bar, statistics.v_bar)]
+    tiles.append(None if states is None else matrix_tiles(states, dim))
+    tiles += [None if x is None else token_tiles(x) for x in (outputs.out, outputs.sparse_out)]
     gathered = [None if inputs.order is None else x for x in (q, k, v)]
     exact = settings.exact_queries(q_len, kv_len)
     shifts = codes.k is None and outputs.sparse_out is not None
@@ -199,24 +188,3 @@ def _num_stages(dim: int, inputs: AttentionInputs, *, pooled: bool) -> int:
         # Codes and block means have slots of their own.
         slot += tile * 2 if codes is None else tile + (tile * 2 if pooled else 0)
     return min(6, (shared_memory(inputs.q.device) - held) // slot)
-
-
-def _token_tiles(x: Tensor) -> TensorDescriptor | None:
-    """A descriptor for tiles of 64 tokens of `x` (B, H, N, D); None where its layout forbids it."""
-    shape = matrix_shape(x)
-    return shape and _tiles(x, list(shape), 64, x.shape[3])
-
-
-def _matrix_tiles(x: Tensor, rows: int) -> TensorDescriptor:
-    """A descriptor for tiles of `rows` whole rows of contiguous `x` (..., columns)."""
-    columns = x.shape[-1]
-    return _tiles(x, [x.numel() // columns, columns], rows, columns)
-
-
-def _tiles(x: Tensor, shape: list[int], rows: int, columns: int) -> TensorDescriptor:
-    return TensorDescriptor(x, shape, [shape[1], 1], [rows, columns], _shared_layout(rows, columns, x.dtype))
-
-
-@functools.cache
-def _shared_layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout.get_default_for([rows, columns], ELEMENTS[dtype])

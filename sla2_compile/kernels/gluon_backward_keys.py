@@ -137,8 +137,8 @@ def _consume(
                 dv += grad_smem.index(slot).load(o_layout).to(gl.float32)
             b, g = kv_head // G, kv_head % G
             row, column = b * dk_rows + g * dk_head_rows, g * dk_columns
-            write_rows(dk_tiles, dk_ptr, dk.to(dtype), k_smem, row, column, j * 64, N_KV, dk_sn)
-            write_rows(dv_tiles, dv_ptr, dv.to(dtype), v_smem, row, column, j * 64, N_KV, dk_sn)
+            write_rows(dk_tiles, dk_ptr, None, dk.to(dtype), k_smem, row, column, j * 64, N_KV, dk_sn)
+            write_rows(dv_tiles, dv_ptr, None, dv.to(dtype), v_smem, row, column, j * 64, N_KV, dk_sn)
             tma.store_wait(0)
 
 

@@ -154,7 +154,7 @@ def _consume(
             mbarrier.wait(dq_full, turn & 1)
             dq += place.load(o_layout).to(gl.float32)
         write_rows(
-            dq_tiles, dq_ptr, dq.to(dtype), place, b * dq_rows + h * dq_head_rows, h * dq_columns,
+            dq_tiles, dq_ptr, None, dq.to(dtype), place, b * dq_rows + h * dq_head_rows, h * dq_columns,
             m * 128 + part * 64, N, dq_sn,
         )  # fmt: skip
         turn += 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -13,8 +12,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from sla2_compile.kernels.gluon_fetch import query_block
-from sla2_compile.kernels.gluon_gather import row_layout as gathered_layout
-from sla2_compile.kernels.gluon_gather import visited_tokens
 from sla2_compile.kernels.gluon_stream import (
     INTEGER_FLOAT,
     MEAN_BIAS,
@@ -29,6 +26,7 @@ from sla2_compile.kernels.gluon_stream import (
     scores_layout,
     stream,
 )
+from sla2_compile.kernels.gluon_tiles import channels, visited_tokens, write_rows
 
 LOG2_E = gl.constexpr(1.4426950408889634)
 LN_2 = gl.constexpr(0.6931471805599453)
@@ -72,31 +70,6 @@ def _to_codes(q, scale, dtype: gl.constexpr):
             }""",
             "=r,r,r,r,r", [x], dtype=gl.int8, is_pure=True, pack=4,
         )  # fmt: skip
-
-
-@gluon.jit
-def _channels(ptr, D: gl.constexpr):
-    """A vector (D,), one element a thread: it waits for its use in few registers."""
-    return gl.load(ptr + gl.arange(0, D, layout=gl.BlockedLayout([1], [32], [4], [0])))
-
-
-@gluon.jit
-def _write_rows(tiles, ptr, order_ptr, x, smem, row, column, first, N, pitch):
-    """Write (64, D) to the tokens from `first` on that exist, by way of `smem`, busy until `tma.store_wait`."""
-    D: gl.constexpr = x.shape[1]
-    smem.store(x)
-    fence_async_shared()
-    if order_ptr is None and first + 64 <= N:
-        tma.async_copy_shared_to_global(tiles, [row + first, column], smem)
-    else:
-        layout: gl.constexpr = gathered_layout(D, 4)
-        position = first + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
-        token = position
-        if order_ptr is not None:
-            token = visited_tokens(order_ptr, first, N, layout)
-        channel = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
-        pointers = ptr + (row + token).to(gl.int64)[:, None] * pitch + (column + channel)[None, :]
-        gl.store(pointers, smem.load(layout), mask=(position < N)[:, None])
 
 
 @gluon.jit
@@ -145,11 +118,11 @@ def consume(
         # Long before they are used.
         z, center, v_scale = 0.0, 0.0, 0.0
         if LINEAR:
-            z = _channels(states_ptr + (block * (D + 1) + D) * D, D).to(gl.float32)
+            z = channels(states_ptr + (block * (D + 1) + D) * D, D).to(gl.float32)
         if SAVE and center_ptr is not None:
-            center = _channels(center_ptr + kv_head * D, D)
+            center = channels(center_ptr + kv_head * D, D)
         if FP8_VALUES:
-            v_scale = _channels(v_scale_ptr + kv_head * D, D)
+            v_scale = channels(v_scale_ptr + kv_head * D, D)
 
         buffer = turn & 1
         q_block = q_smem.index(2 * buffer + part)
@@ -250,7 +223,7 @@ def consume(
         if SAVE or APART:
             sparse_out = acc * (1 / total)[:, None]
         if SAVE:
-            _write_rows(
+            write_rows(
                 sparse_out_tiles, sparse_out_ptr, order_ptr, sparse_out.to(dtype), q_block, out_row, out_column,
                 first_row, N, out_sn,
             )  # fmt: skip
@@ -304,7 +277,7 @@ def consume(
             token = warpgroup_mma(phi, state_smem, acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[token])
             mbarrier.arrive(state_empty, count=1)
-        _write_rows(out_tiles, out_ptr, order_ptr, acc.to(dtype), q_block, out_row, out_column, first_row, N, out_sn)
+        write_rows(out_tiles, out_ptr, order_ptr, acc.to(dtype), q_block, out_row, out_column, first_row, N, out_sn)
         head, m, count = next_head, next_m, next_count
         turn += 1
     tma.store_wait(0)

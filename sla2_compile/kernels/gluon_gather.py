@@ -14,29 +14,16 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from sla2_compile.kernels.gluon_fetch import fetch_pair, fetch_state, query_block
 from sla2_compile.kernels.gluon_stream import next_slot
+from sla2_compile.kernels.gluon_tiles import row_layout, visited_tokens
 
-ROWS = gl.constexpr(64)
 # Of a ring: two tiles are held by whoever waits for the next one, and one more is on its way.
 MIN_STAGES = 4
-
-
-@gluon.constexpr_function
-def row_layout(dim, num_warps):
-    """Layout of (64, dim) tokens, 16 bytes a thread and all of a row in neighbouring threads."""
-    return gl.BlockedLayout([1, 8], [256 // dim, dim // 8], [num_warps, 1], [1, 0])
-
-
-@gluon.jit
-def visited_tokens(order_ptr, first, length, layout: gl.constexpr):
-    """The model's tokens (64,) at the visited positions from `first` on; past the end any token."""
-    position = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-    return gl.load(order_ptr + gl.minimum(position, length - 1))
 
 
 @gluon.jit
 def _copy_rows(ptr, pitch, row, column, order_ptr, first, length, smem):
     D: gl.constexpr = smem.shape[1]
-    layout: gl.constexpr = row_layout(D, 4)
+    layout: gl.constexpr = row_layout(D)
     token = visited_tokens(order_ptr, first, length, layout)
     channel = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
     pointers = ptr + (row + token).to(gl.int64)[:, None] * pitch + (column + channel)[None, :]

@@ -1,4 +1,4 @@
-"""Tensors as tiles for Hopper's copy engine, and rings of them in shared memory: the backward's kernels share it."""
+"""Tensors as tiles for Hopper's copy engine, and rings of them in shared memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from sla2_compile.kernels.tensor_rows import matrix_shape
 from sla2_compile.kernels.triton_backward_rows import FIELDS, Rows
 
 BLOCK_Q, BLOCK_K = 128, 64
-ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
+ELEMENTS = {
+    torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32, torch.int8: gl.int8,
+    torch.float8_e4m3fn: gl.float8e4nv,
+}  # fmt: skip
 
 
 @gluon.constexpr_function
@@ -44,34 +47,54 @@ def channels(ptr, D: gl.constexpr):
     return gl.load(ptr + gl.arange(0, D, layout=gl.BlockedLayout([1], [32], [4], [0])))
 
 
+@gluon.constexpr_function
+def row_layout(dim):
+    """Layout of (64, dim) tokens over four warps, 16 bytes a thread and all of a row in neighbouring threads."""
+    return gl.BlockedLayout([1, 8], [256 // dim, dim // 8], [4, 1], [1, 0])
+
+
 @gluon.jit
-def write_rows(tiles, ptr, x, smem, row, column, first, N, pitch):
-    """Write (64, D) to the tokens from `first` on that exist, by way of `smem`, busy until `tma.store_wait`."""
+def visited_tokens(order_ptr, first, length, layout: gl.constexpr):
+    """The model's tokens (64,) at the visited positions from `first` on; past the end any token."""
+    position = first + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
+    return gl.load(order_ptr + gl.minimum(position, length - 1))
+
+
+@gluon.jit
+def write_rows(tiles, ptr, order_ptr, x, smem, row, column, first, N, pitch):
+    """Write (64, D) to the tokens visited from `first` on that exist, by way of `smem`, busy until `tma.store_wait`."""
     D: gl.constexpr = x.shape[1]
     smem.store(x)
     fence_async_shared()
-    if first + 64 <= N:
+    if order_ptr is None and first + 64 <= N:
         tma.async_copy_shared_to_global(tiles, [row + first, column], smem)
     else:
-        layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-        token = first + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
+        layout: gl.constexpr = row_layout(D)
+        position = first + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
+        token = position
+        if order_ptr is not None:
+            token = visited_tokens(order_ptr, first, N, layout)
         channel = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
         pointers = ptr + (row + token).to(gl.int64)[:, None] * pitch + (column + channel)[None, :]
-        gl.store(pointers, smem.load(layout), mask=(token < N)[:, None])
+        gl.store(pointers, smem.load(layout), mask=(position < N)[:, None])
+
+
+def suits_hopper(q: Tensor, settings: Settings) -> bool:
+    """Whether the kernels for Hopper take this device, dtype, head dim and these blocks."""
+    on_hopper = capability(q.device)[0] == 9
+    fits = q.dtype in (torch.bfloat16, torch.float16) and q.shape[3] in (64, 128)
+    return on_hopper and fits and (settings.block_q, settings.block_k) == (BLOCK_Q, BLOCK_K)
 
 
 def is_eligible(q: Tensor, real: Tensor | None, order: Tensor | None, kv_len: int, settings: Settings) -> bool:
     """Whether the backward's kernels for Hopper take such inputs, but for strides."""
-    on_hopper = capability(q.device)[0] == 9
-    fits = q.dtype in (torch.bfloat16, torch.float16) and q.shape[3] in (64, 128)
-    blocks = (settings.block_q, settings.block_k) == (BLOCK_Q, BLOCK_K)
-    return on_hopper and fits and blocks and real is None and order is None and kv_len > 1
+    return suits_hopper(q, settings) and real is None and order is None and kv_len > 1
 
 
 def token_tiles(x: Tensor) -> TensorDescriptor | None:
     """A descriptor for tiles of 64 tokens of `x` (B, H, N, D); None where its layout forbids it."""
     shape = matrix_shape(x)
-    return shape and _tiles(x, list(shape), 64, x.shape[3])
+    return shape and _tiles(x, list(shape), BLOCK_K, x.shape[3])
 
 
 def matrix_tiles(x: Tensor, rows: int) -> TensorDescriptor:
