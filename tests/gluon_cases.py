@@ -49,6 +49,7 @@ BACKWARD_CASES = {
     "linear block": PAPERS,
     "linear block, ragged, head dim 128": dataclasses.replace(PAPERS, dim=128, **RAGGED),
     "linear row": dataclasses.replace(PAPERS, mixing="row", **RAGGED),
+    "linear row, a kept short block": dataclasses.replace(PAPERS, mixing="row", sparsity=0.2, **RAGGED),
     "batch and groups": dataclasses.replace(POOLED, batch=2, heads=4, kv_heads=2, q_len=130, kv_len=200),
     "linear, batch and groups": dataclasses.replace(PAPERS, batch=2, heads=2, kv_heads=1, q_len=130, kv_len=200),
     "exact ends": dataclasses.replace(POOLED, q_len=400, kv_len=400, exact_prefix=70, exact_suffix=10),

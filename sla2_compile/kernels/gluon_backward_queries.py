@@ -122,7 +122,8 @@ def _consume(
                     first = gl.where(i >= count, (i - count) * 64, -1)
                     scores = mask(scores, first, bits_ptr + block * words, words, T, last_size, last_bias, RAGGED)
                     if not VALUES:
-                        d_probs = d_probs * 0.0
+                        # A kept short key block, which comes here too, has values.
+                        d_probs = d_probs * gl.where(first < 0, 1.0, 0.0)
             elif RAGGED:
                 for _ in range((i == short).to(gl.int32)):
                     scores = mask_short(scores, last_size)
