@@ -70,6 +70,14 @@ def _scores_kernel(
 
 
 @triton.jit
+def _rank(flags):
+    """How many flags (W, 32), 0 or 1, lie before each, word after word."""
+    in_word = tl.sum(flags, 1)
+    before = tl.cumsum(in_word, 0) - in_word
+    return before[:, None] + tl.cumsum(flags, 1) - flags
+
+
+@triton.jit
 def _choose_kernel(
     scores_ptr, n_ptr, kept_ptr, bits_ptr, num_nonempty_ptr, H, M, T, slots, words, first_key, last_key, first_row,
     last_row, BLOCK_T: tl.constexpr, SLOTS: tl.constexpr,
@@ -81,46 +89,52 @@ def _choose_kernel(
     """
     row = tl.program_id(0).to(tl.int64)
     m = (row % M).to(tl.int32)
-    t = tl.arange(0, BLOCK_T)
-    exists = t < T
-    score = tl.load(scores_ptr + row * T + t, mask=exists, other=0.0) + 0.0  # turns -0.0 into 0.0
     b = row // (H * M)
-    real = tl.load(n_ptr + b * T + t, mask=exists, other=0.0) > 0
-    if num_nonempty_ptr is not None:
-        tl.store(num_nonempty_ptr + b, tl.sum(real.to(tl.int32), 0), mask=row % (H * M) == 0)
+    # As words of 32 key blocks: sums along a word stay within few threads.
+    WORDS: tl.constexpr = BLOCK_T // 32
+    word, place = tl.arange(0, WORDS), tl.arange(0, 32)
+    t = word[:, None] * 32 + place[None, :]
+    score = tl.load(scores_ptr + row * T + t, mask=t < T, other=0.0) + 0.0  # turns -0.0 into 0.0
     # Unsigned integers in the order of the floats. Exact blocks come first, empty ones last, padding never.
     code = score.to(tl.int32, bitcast=True)
     code = tl.where(code < 0, ~code, code ^ -2147483648).to(tl.uint32, bitcast=True)
-    code = tl.where(real, tl.minimum(tl.maximum(code, 2), 0xFFFFFFFE), 1)
+    code = tl.minimum(tl.maximum(code, 2), 0xFFFFFFFE)
+    if num_nonempty_ptr is not None:
+        real = tl.load(n_ptr + b * T + t, mask=t < T, other=0.0) > 0
+        tl.store(num_nonempty_ptr + b, tl.sum(tl.sum(real.to(tl.int32), 1), 0), mask=row % (H * M) == 0)
+        code = tl.where(real, code, 1)
     code = tl.where((t < first_key) | (t >= last_key), 0xFFFFFFFF, code)
-    code = tl.where(exists, code, 0).to(tl.uint32)
+    code = tl.where(t < T, code, 0).to(tl.uint32)
     # A code that the best `slots` reach and no others, bit by bit from the highest; the slots-th best's where that has
     # equals.
+    all_codes = tl.reshape(code, [BLOCK_T], can_reorder=True)
     threshold = tl.zeros([], tl.uint32)
     digit = tl.full([], 0x80000000, tl.uint32)
     reach = slots + 1
     while (digit > 0) & (reach != slots):
-        num_better = tl.sum((code >= (threshold | digit)).to(tl.int32), 0)
+        num_better = tl.sum((all_codes >= (threshold | digit)).to(tl.int32), 0)
         reach = tl.where(num_better >= slots, num_better, reach)
         threshold = tl.where(num_better >= slots, threshold | digit, threshold).to(tl.uint32)
         digit = digit >> 1
-    better, equal = code > threshold, (code == threshold) & exists
-    places = slots - tl.sum(better.to(tl.int32), 0)
-    chosen = better | equal
-    if tl.sum(equal.to(tl.int32), 0) > places:
-        chosen = better | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= places))
-    chosen = chosen & real
-    count = tl.sum(chosen.to(tl.int32), 0)
+    chosen = (code >= threshold) & (t < T)
+    if reach != slots:
+        # Not all that reach it have a place: of those that equal it, the first ones.
+        num_better = tl.sum((all_codes > threshold).to(tl.int32), 0)
+        equal = ((code == threshold) & (t < T)).to(tl.int32)
+        chosen = (code > threshold) | ((equal > 0) & (_rank(equal) < slots - num_better))
+    if num_nonempty_ptr is not None:
+        chosen = chosen & (tl.load(n_ptr + b * T + t, mask=t < T, other=0.0) > 0)
+    chosen = chosen.to(tl.int32)
+    count = tl.sum(tl.sum(chosen, 1), 0)
 
     keeps_all = (m < first_row) | (m >= last_row)
     kept_ptr += row * (1 + slots)
     tl.store(kept_ptr, tl.where(keeps_all, T, count))
-    tl.store(kept_ptr + tl.cumsum(chosen.to(tl.int32), 0), t, mask=chosen)
+    tl.store(kept_ptr + 1 + _rank(chosen), t, mask=chosen > 0)
     slot = tl.arange(0, SLOTS)
     tl.store(kept_ptr + 1 + slot, tl.zeros([SLOTS], tl.int32), mask=(slot >= count) & (slot < slots))
-    bit = (chosen | keeps_all | ~exists).to(tl.int32) << (t & 31)
-    word = tl.arange(0, BLOCK_T // 32)
-    tl.store(bits_ptr + row * words + word, tl.sum(tl.reshape(bit, [BLOCK_T // 32, 32]), 1), mask=word < words)
+    bit = ((chosen > 0) | keeps_all | (t >= T)).to(tl.int32) << place[None, :]
+    tl.store(bits_ptr + row * words + word, tl.sum(bit, 1), mask=word < words)
 
 
 @dataclass(frozen=True)
@@ -176,7 +190,7 @@ def route(
         scores, n, kept, bits, num_nonempty, heads, rows, total, slots, words, keys.num_first, keys.last_start,
         queries.num_first, queries.last_start, BLOCK_T=block_t, SLOTS=next_power_of_two(slots),
         # Sums over a warp are one instruction, over several a wait for each other.
-        num_warps=min(8, max(1, block_t // 1024)), maxnreg=MAX_REGISTERS,
+        num_warps=min(8, max(1, block_t // 512)), maxnreg=MAX_REGISTERS,
     )  # fmt: skip
     return Choice(bits, num_nonempty)
 
