@@ -17,6 +17,8 @@ from sla2_compile.kernels.tensor_rows import matrix_shape
 from sla2_compile.kernels.triton_backward_rows import FIELDS, Rows
 
 BLOCK_Q, BLOCK_K = 128, 64
+# Of a thread before the warps of a program divide them, where two programs share a multiprocessor's 65,536.
+HALF_REGISTERS = 128
 ELEMENTS = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
 
 
@@ -66,6 +68,11 @@ def is_eligible(q: Tensor, real: Tensor | None, order: Tensor | None, kv_len: in
     fits = q.dtype in (torch.bfloat16, torch.float16) and q.shape[3] in (64, 128)
     blocks = (settings.block_q, settings.block_k) == (BLOCK_Q, BLOCK_K)
     return on_hopper and fits and blocks and real is None and order is None and kv_len > 1
+
+
+def half_stages(dim: int) -> int:
+    """Slots of rings of two tensors' tiles, of programs that take half of the shared memory and hold two tiles more."""
+    return 2 if dim == 128 else 4
 
 
 def token_tiles(x: Tensor) -> TensorDescriptor | None:
