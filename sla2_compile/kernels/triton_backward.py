@@ -1,10 +1,13 @@
-"""Gradients of SLA2 attention in Triton; the formulas are those of its twin, `blocked_backward.py`.
+"""Gradients of SLA2 attention on CUDA; the formulas are those of its twin, `blocked_backward.py`.
 
 In order: means of the key blocks, statistics of the rows, the inverse of `kept`; a linear tail's part of dq, dk and dv
 (its sums over blocks not kept are two batched matmuls with the 0/1 tail mask); the pooled tail's part of the means'
 gradients; then q's kernel and k and v's, which add the kept keys and write the results. No sum depends on the order in
 which programs run. Extra memory: the statistics, the index, sums of parts of long lists (at most half of k and v in
 size), and for a linear tail two states (D, D) per query or key block at a time.
+
+On Hopper, in 16 bit and without mask or token order, q's kernel, k and v's and the pooled tail's are in Gluon
+(`gluon_backward_*.py`); a launcher there says whether it has done it.
 """
 
 from __future__ import annotations
