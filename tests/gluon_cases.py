@@ -16,7 +16,7 @@ CASES = {
     "pooled, exact ends": dataclasses.replace(POOLED, q_len=400, kv_len=400, exact_prefix=70, exact_suffix=10),
     "pooled, more keys": dataclasses.replace(POOLED, q_len=64, kv_len=64 * 70 + 5, sparsity=0.97),
     "linear": PAPERS,
-    "linear, head dim 128": dataclasses.replace(PAPERS, dim=128, **RAGGED),
+    "linear, head dim 128": dataclasses.replace(PAPERS, dim=128, heads=3, **RAGGED),
     "linear, elu, batch": dataclasses.replace(PAPERS, feature_map="elu", batch=2, q_len=130, kv_len=200),
     "dense": dataclasses.replace(POOLED, sparsity=0.0, **RAGGED),
     **{
@@ -29,10 +29,10 @@ CASES = {
 }
 BACKWARD_CASES = {
     "pooled row": POOLED,
-    "pooled row, learned, head dim 128": dataclasses.replace(POOLED, dim=128, learned=True, **RAGGED),
+    "pooled row, learned, head dim 128": dataclasses.replace(POOLED, dim=128, heads=3, learned=True, **RAGGED),
     "pooled block": dataclasses.replace(POOLED, mixing="block", learned=True, q_len=200, kv_len=320),
     "linear block": PAPERS,
-    "linear block, ragged, head dim 128": dataclasses.replace(PAPERS, dim=128, **RAGGED),
+    "linear block, ragged, head dim 128": dataclasses.replace(PAPERS, dim=128, heads=3, **RAGGED),
     "linear row": dataclasses.replace(PAPERS, mixing="row", **RAGGED),
     "batch and groups": dataclasses.replace(POOLED, batch=2, heads=4, kv_heads=2, q_len=130, kv_len=200),
     "linear, batch and groups": dataclasses.replace(PAPERS, batch=2, heads=2, kv_heads=1, q_len=130, kv_len=200),

@@ -37,6 +37,7 @@ def errors_of(case: cases.Case) -> dict[str, dict[str, float]]:
     results = []
     for order in ORDERS if case.q_len < 1000 else ORDERS[:1]:
         with ExitStack() as stack:
+            stack.enter_context(mock.patch.object(hardware, "hardware_of", return_value=HOPPER[case.dim]))
             kernels = [stack.enter_context(emulated(module, order=order)) for module in MODULES]
             results.append(triton_backward.backward(*arguments, case.settings))
         launches = [x.num_launches for found in kernels for x in found.values()]
@@ -55,5 +56,4 @@ if __name__ == "__main__":
     interpreter.prepare()
     dtype = getattr(torch, sys.argv[2])
     names, table = json.loads(sys.argv[1]), gluon_cases.BACKWARD_CASES
-    with mock.patch.object(hardware, "hardware_of", return_value=HOPPER):
-        print(json.dumps({name: errors_of(dataclasses.replace(table[name], dtype=dtype)) for name in names}))
+    print(json.dumps({name: errors_of(dataclasses.replace(table[name], dtype=dtype)) for name in names}))

@@ -44,6 +44,8 @@ from sla2_compile.kernels.triton_backward_rows import Rows
 from sla2_compile.kernels.triton_statistics import Statistics
 
 LOG2_E = gl.constexpr(1.4426950408889634)
+# A group waits for the next tile before it hands back the last, and holds one in between.
+MIN_STAGES = 4
 
 
 @gluon.jit
@@ -249,18 +251,16 @@ def query_gradient(
     """Write dq as its namesake in Triton and return True, or False where this kernel cannot do it."""
     if not is_eligible(q, real, order, k.shape[2], settings):
         return False
-    tiles = [token_tiles(x) for x in (q, grad_out, k, v)]
-    if None in tiles:
+    tiles, num_stages = [token_tiles(x) for x in (q, grad_out, k, v)], _num_stages(q.shape[3], shared_memory(q.device))
+    if None in tiles or num_stages < MIN_STAGES:
         return False
-    (batch, heads, q_len, dim), kv_len = q.shape, k.shape[2]
+    (batch, heads, q_len, _), kv_len = q.shape, k.shape[2]
     blocks, slots = kept.shape[2], kept.shape[3] - 1
     T, exact = means.n.shape[1], settings.exact_queries(q_len, kv_len)
     linear, has_tail = settings.tail == "linear", slots < T
     pooled = has_tail and (not linear or settings.mixing == "row")
     # Without values of its own the tail's second tile is not used.
     bars = (means.k_bar, means.k_bar if linear else means.v_bar) if pooled else (None, None)
-    tile = BLOCK_K * dim * 2
-    stages = (shared_memory(q.device) - 6 * tile - 2048) // (2 * tile)
     _queries_kernel[min(num_multiprocessors(q.device), batch * heads * blocks),](
         *tiles, *(x if x is None else matrix_tiles(x, BLOCK_K) for x in bars), token_tiles(dq),
         kept.contiguous(), bits, means.center, rows.sparse_lse, rows.offset,
@@ -269,6 +269,12 @@ def query_gradient(
         heads, heads // k.shape[1], q_len, kv_len, blocks, T, slots, bits.shape[2], batch * heads, exact.num_first,
         exact.last_start, settings.scale,
         RAGGED=kv_len % BLOCK_K != 0, VALUES=not linear, ACCUMULATE=linear and has_tail,
-        STAGES=next_power_of_two(stages + 1) // 2, num_warps=4,
+        STAGES=num_stages, num_warps=4,
     )  # fmt: skip
     return True
+
+
+def _num_stages(dim: int, shared_memory: int) -> int:
+    """Slots of the rings: a power of two, as many as fit beside q, dO, dq and barriers."""
+    tile = BLOCK_K * dim * 2
+    return next_power_of_two((shared_memory - 6 * tile - 2048) // (2 * tile) + 1) // 2
