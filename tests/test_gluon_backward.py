@@ -33,3 +33,16 @@ def test_in_the_emulator_gradients_of_hopper_have_no_race_and_are_those_of_float
         for gradient in ("dq", "dk", "dv"):
             limit = allowed(errors["eager"][gradient], case, gradient, INTERPRETER_FACTOR)
             assert errors["triton"][gradient] <= limit, (name, gradient, errors)
+
+
+@needs_triton
+def test_tokens_with_memory_of_others_between_them_are_left_to_triton_unless_no_tile_reaches_it() -> None:
+    from sla2_compile.kernels.gluon_tiles import token_tiles
+
+    memory = torch.empty(2, 256, 3, 64, dtype=torch.float16)
+    padded, whole = memory[:, :130].transpose(1, 2), memory.transpose(1, 2)
+    by_heads = memory.new_empty(2, 3, 256, 64)
+    assert token_tiles(padded) is None
+    assert token_tiles(by_heads[:, :, :130]) is None
+    for x in (whole, by_heads, padded[:1], padded.contiguous(), memory[:, :128].transpose(1, 2)):
+        assert token_tiles(x) is not None

@@ -13,7 +13,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sla2_compile.kernels.hardware import capability
 from sla2_compile.kernels.settings import Settings
-from sla2_compile.kernels.tensor_rows import matrix_shape
+from sla2_compile.kernels.tensor_rows import matrix_shape, matrix_steps
 from sla2_compile.kernels.triton_backward_rows import FIELDS, Rows
 
 BLOCK_Q, BLOCK_K = 128, 64
@@ -76,9 +76,23 @@ def half_stages(dim: int) -> int:
 
 
 def token_tiles(x: Tensor) -> TensorDescriptor | None:
-    """A descriptor for tiles of 64 tokens of `x` (B, H, N, D); None where its layout forbids it."""
+    """A descriptor for tiles of 64 tokens of `x` (B, H, N, D); None where its layout forbids it.
+
+    Tiles reach past a head's last token. What lies there has weight 0, but must be finite: other tokens or nothing.
+    """
     shape = matrix_shape(x)
-    return shape and _tiles(x, list(shape), 64, x.shape[3])
+    if shape is None or (x.shape[2] % BLOCK_Q and _has_gaps(x)):
+        return None
+    return _tiles(x, list(shape), 64, x.shape[3])
+
+
+def _has_gaps(x: Tensor) -> bool:
+    """Whether memory that is not part of `x` (B, H, N, D) lies between the tokens of two heads or batch elements."""
+    batch, heads, length, _ = x.shape
+    batch_rows, head_rows, _ = matrix_steps(x)
+    if head_rows:
+        return head_rows != length or (batch > 1 and batch_rows != heads * length)
+    return batch > 1 and batch_rows != length
 
 
 def matrix_tiles(x: Tensor, rows: int) -> TensorDescriptor:
