@@ -31,7 +31,7 @@ CASES = {
     "tiles, linear, head dim 128": dataclasses.replace(TILES, tail="linear", mixing="block", dim=128, key_offset=1.0),
     "tiles, dense": dataclasses.replace(TILES, sparsity=0.0),
     "linear": PAPERS,
-    "linear, head dim 128": dataclasses.replace(PAPERS, dim=128, **RAGGED),
+    "linear, head dim 128": dataclasses.replace(PAPERS, dim=128, heads=3, **RAGGED),
     "linear, elu, batch": dataclasses.replace(PAPERS, feature_map="elu", batch=2, q_len=130, kv_len=200),
     "dense": dataclasses.replace(POOLED, sparsity=0.0, **RAGGED),
     **{
@@ -44,10 +44,10 @@ CASES = {
 }
 BACKWARD_CASES = {
     "pooled row": POOLED,
-    "pooled row, learned, head dim 128": dataclasses.replace(POOLED, dim=128, learned=True, **RAGGED),
+    "pooled row, learned, head dim 128": dataclasses.replace(POOLED, dim=128, heads=3, learned=True, **RAGGED),
     "pooled block": dataclasses.replace(POOLED, mixing="block", learned=True, q_len=200, kv_len=320),
     "linear block": PAPERS,
-    "linear block, ragged, head dim 128": dataclasses.replace(PAPERS, dim=128, **RAGGED),
+    "linear block, ragged, head dim 128": dataclasses.replace(PAPERS, dim=128, heads=3, **RAGGED),
     "linear row": dataclasses.replace(PAPERS, mixing="row", **RAGGED),
     "linear row, a kept short block": dataclasses.replace(PAPERS, mixing="row", sparsity=0.2, **RAGGED),
     "batch and groups": dataclasses.replace(POOLED, batch=2, heads=4, kv_heads=2, q_len=130, kv_len=200),

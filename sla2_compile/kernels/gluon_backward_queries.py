@@ -44,13 +44,15 @@ from sla2_compile.kernels.triton_backward_rows import Rows
 from sla2_compile.kernels.triton_statistics import Statistics
 
 LOG2_E = gl.constexpr(1.4426950408889634)
+# A group waits for the next tile before it hands back the last, and holds one in between.
+MIN_STAGES = 4
 
 
 @gluon.jit
 def _consume(
     part: gl.constexpr, dq_tiles, kept_ptr, bits_ptr, k_mean_ptr, lse_ptr, offset_ptr, cap_ptr, tail_lse_ptr,
     tail_offset_ptr, dq_ptr, q_smem, grad_smem, k_smem, v_smem, dq_smem, q_full, q_empty, full, empty, dq_full,
-    dq_empty, dq_rows, dq_head_rows, dq_columns, dq_sn, H, GROUP, N, N_KV, M, T, slots, words, num_heads,
+    dq_empty, head_start, dq_rows, dq_head_rows, dq_columns, dq_sn, H, GROUP, N, N_KV, M, T, slots, words, num_heads,
     first_exact, last_exact, scale, RAGGED: gl.constexpr, TAIL: gl.constexpr, VALUES: gl.constexpr,
     ACCUMULATE: gl.constexpr,
 ):  # fmt: skip
@@ -68,11 +70,11 @@ def _consume(
     step = 0
     turn = 0
     total_blocks = num_heads * M
+    head, m = query_block(gl.program_id(0), num_heads, M, first_exact, last_exact)
+    count = gl.load(kept_ptr + (head.to(gl.int64) * M + m) * (1 + slots))
     for index in range(gl.program_id(0), total_blocks, gl.num_programs(0)):
-        head, m = query_block(index, num_heads, M, first_exact, last_exact)
         block = head.to(gl.int64) * M + m
         kept_row = kept_ptr + block * (1 + slots)
-        count = gl.load(kept_row)
         num_tiles = count
         if TAIL:
             num_tiles += gl.where(count == T, 0, (T + 63) // 64)
@@ -93,12 +95,19 @@ def _consume(
         dq = gl.zeros([64, D], gl.float32, layout=o_layout)
         dropped = sum_in_thread(gl.zeros([64, 64], gl.float32, layout=s_layout))
         mbarrier.wait(full.index(slot_of(step, STAGES)), phase_of(step, STAGES))
+        if part == 1:
+            # Once: from then on one group multiplies while the other makes dS, and while it ends its query block.
+            if turn == 0:
+                mbarrier.wait(head_start, 0)
         score_token, prob_token = issue_scores(q, grad, k_smem, v_smem, step)
         if turn > 0:
             tma.store_wait(0)
             if ACCUMULATE:
                 mbarrier.arrive(dq_empty, count=1)
         scores, d_probs = warpgroup_mma_wait(0, deps=[score_token, prob_token])
+        if part == 0:
+            if turn == 0:
+                mbarrier.arrive(head_start, count=1)
         if RAGGED:
             for _ in range((short == 0).to(gl.int32)):
                 scores = mask_short(scores, last_size)
@@ -106,6 +115,13 @@ def _consume(
         if num_tiles > 1:
             mbarrier.wait(full.index(slot_of(step + 1, STAGES)), phase_of(step + 1, STAGES))
         for i in range(1, num_tiles):
+            first, low, high = 0, 0, 0
+            if TAIL:
+                # Read long before it is used.
+                first = gl.where(i >= count, (i - count) * 64, -1)
+                words_ptr = bits_ptr + block * words + first // 32
+                low = gl.load(words_ptr, mask=i >= count, other=0)
+                high = gl.load(words_ptr + 1, mask=(i >= count) & (first // 32 + 1 < words), other=0)
             score_token, prob_token = issue_scores(q, grad, k_smem, v_smem, step + 1)
             slot = slot_of(step, STAGES)
             left = gl.convert_layout(d_scores, left_operand(o_layout, 2))
@@ -119,8 +135,7 @@ def _consume(
                     lse, offset = gl.load(tail_lse_ptr + row) - MEAN_BIAS, gl.load(tail_offset_ptr + row)
                     cap = gl.full([64], float("inf"), gl.float32, layout=row_layout)
                 for _ in range(((i >= count) | (i == short)).to(gl.int32)):
-                    first = gl.where(i >= count, (i - count) * 64, -1)
-                    scores = mask(scores, first, bits_ptr + block * words, words, T, last_size, last_bias, RAGGED)
+                    scores = mask(scores, first, low, high, T, last_size, last_bias, RAGGED)
                     if not VALUES:
                         # A kept short key block, which comes here too, has values.
                         d_probs = d_probs * gl.where(first < 0, 1.0, 0.0)
@@ -137,6 +152,12 @@ def _consume(
             step += 1
         left = gl.convert_layout(d_scores, left_operand(o_layout, 2))
         token = warpgroup_mma(left, k_smem.index(slot_of(step, STAGES)), dq, is_async=True)
+        # The next block, while the last tile is multiplied.
+        next_head, next_m = query_block(index + gl.num_programs(0), num_heads, M, first_exact, last_exact)
+        next_count = gl.load(
+            kept_ptr + (next_head.to(gl.int64) * M + next_m) * (1 + slots),
+            mask=index + gl.num_programs(0) < total_blocks, other=1,
+        )  # fmt: skip
         b, h = head // H, head % H
         k_mean = 0.0
         if k_mean_ptr is not None:
@@ -158,6 +179,7 @@ def _consume(
             dq_tiles, dq_ptr, None, dq.to(dtype), place, b * dq_rows + h * dq_head_rows, h * dq_columns,
             m * 128 + part * 64, N, dq_sn,
         )  # fmt: skip
+        head, m, count = next_head, next_m, next_count
         turn += 1
     tma.store_wait(0)
 
@@ -188,6 +210,8 @@ def _queries_kernel(
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     # What is full one thread announces; what is empty, both groups.
+    head_start = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(head_start, count=1)
     mbarrier.init(q_full, count=1)
     mbarrier.init(q_empty, count=2)
     mbarrier.init(dq_full, count=1)
@@ -200,14 +224,14 @@ def _queries_kernel(
         [
             (_consume, (gl.constexpr(0), dq_tiles, kept_ptr, bits_ptr, k_mean_ptr, lse_ptr, offset_ptr, cap_ptr,
                         tail_lse_ptr, tail_offset_ptr, dq_ptr, q_smem, grad_smem, k_smem, v_smem, dq_smem, q_full,
-                        q_empty, full, empty, dq_full, dq_empty, dq_rows, dq_head_rows, dq_columns, dq_sn, H, GROUP, N,
-                        N_KV, M, T, slots, words, num_heads, first_exact, last_exact, scale, RAGGED, TAIL, VALUES,
-                        ACCUMULATE)),
+                        q_empty, full, empty, dq_full, dq_empty, head_start, dq_rows, dq_head_rows, dq_columns, dq_sn,
+                        H, GROUP, N, N_KV, M, T, slots, words, num_heads, first_exact, last_exact, scale, RAGGED, TAIL,
+                        VALUES, ACCUMULATE)),
             (_consume, (gl.constexpr(1), dq_tiles, kept_ptr, bits_ptr, k_mean_ptr, lse_ptr, offset_ptr, cap_ptr,
                         tail_lse_ptr, tail_offset_ptr, dq_ptr, q_smem, grad_smem, k_smem, v_smem, dq_smem, q_full,
-                        q_empty, full, empty, dq_full, dq_empty, dq_rows, dq_head_rows, dq_columns, dq_sn, H, GROUP, N,
-                        N_KV, M, T, slots, words, num_heads, first_exact, last_exact, scale, RAGGED, TAIL, VALUES,
-                        ACCUMULATE)),
+                        q_empty, full, empty, dq_full, dq_empty, head_start, dq_rows, dq_head_rows, dq_columns, dq_sn,
+                        H, GROUP, N, N_KV, M, T, slots, words, num_heads, first_exact, last_exact, scale, RAGGED, TAIL,
+                        VALUES, ACCUMULATE)),
             (fetch_for_queries, (q_tiles, grad_tiles, k_tiles, v_tiles, k_bar_tiles, v_bar_tiles, dq_tiles, kept_ptr,
                                  q_smem, grad_smem, k_smem, v_smem, dq_smem, q_full, q_empty, full, empty, dq_full,
                                  dq_empty, q_rows, q_head_rows, q_columns, grad_rows, grad_head_rows, grad_columns,
@@ -237,18 +261,16 @@ def query_gradient(
     """Write dq as its namesake in Triton and return True, or False where this kernel cannot do it."""
     if not is_eligible(q, real, order, k.shape[2], settings):
         return False
-    tiles = [token_tiles(x) for x in (q, grad_out, k, v)]
-    if None in tiles:
+    tiles, num_stages = [token_tiles(x) for x in (q, grad_out, k, v)], _num_stages(q.shape[3], shared_memory(q.device))
+    if None in tiles or num_stages < MIN_STAGES:
         return False
-    (batch, heads, q_len, dim), kv_len = q.shape, k.shape[2]
+    (batch, heads, q_len, _), kv_len = q.shape, k.shape[2]
     blocks, slots = kept.shape[2], kept.shape[3] - 1
     T, exact = means.n.shape[1], settings.exact_queries(q_len, kv_len)
     linear, has_tail = settings.tail == "linear", slots < T
     pooled = has_tail and (not linear or settings.mixing == "row")
     # Without values of its own the tail's second tile is not used.
     bars = (means.k_bar, means.k_bar if linear else means.v_bar) if pooled else (None, None)
-    tile = BLOCK_K * dim * 2
-    stages = (shared_memory(q.device) - 6 * tile - 2048) // (2 * tile)
     _queries_kernel[min(num_multiprocessors(q.device), batch * heads * blocks),](
         *tiles, *(x if x is None else matrix_tiles(x, BLOCK_K) for x in bars), token_tiles(dq),
         kept.contiguous(), bits, means.center, rows.sparse_lse, rows.offset,
@@ -257,6 +279,12 @@ def query_gradient(
         heads, heads // k.shape[1], q_len, kv_len, blocks, T, slots, bits.shape[2], batch * heads, exact.num_first,
         exact.last_start, settings.scale,
         RAGGED=kv_len % BLOCK_K != 0, VALUES=not linear, ACCUMULATE=linear and has_tail,
-        STAGES=next_power_of_two(stages + 1) // 2, num_warps=4,
+        STAGES=num_stages, num_warps=4,
     )  # fmt: skip
     return True
+
+
+def _num_stages(dim: int, shared_memory: int) -> int:
+    """Slots of the rings: a power of two, as many as fit beside q, dO, dq and barriers."""
+    tile = BLOCK_K * dim * 2
+    return next_power_of_two((shared_memory - 6 * tile - 2048) // (2 * tile) + 1) // 2

@@ -13,10 +13,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sla2_compile.kernels.hardware import capability
 from sla2_compile.kernels.settings import Settings
-from sla2_compile.kernels.tensor_rows import matrix_shape
+from sla2_compile.kernels.tensor_rows import matrix_shape, matrix_steps
 from sla2_compile.kernels.triton_backward_rows import FIELDS, Rows
 
 BLOCK_Q, BLOCK_K = 128, 64
+# Of a thread before the warps of a program divide them, where two programs share a multiprocessor's 65,536.
+HALF_REGISTERS = 128
 ELEMENTS = {
     torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32, torch.int8: gl.int8,
     torch.float8_e4m3fn: gl.float8e4nv,
@@ -91,10 +93,29 @@ def is_eligible(q: Tensor, real: Tensor | None, order: Tensor | None, kv_len: in
     return suits_hopper(q, settings) and real is None and order is None and kv_len > 1
 
 
+def half_stages(dim: int) -> int:
+    """Slots of rings of two tensors' tiles, of programs that take half of the shared memory and hold two tiles more."""
+    return 2 if dim == 128 else 4
+
+
 def token_tiles(x: Tensor) -> TensorDescriptor | None:
-    """A descriptor for tiles of 64 tokens of `x` (B, H, N, D); None where its layout forbids it."""
+    """A descriptor for tiles of 64 tokens of `x` (B, H, N, D); None where its layout forbids it.
+
+    Tiles reach past a head's last token. What lies there has weight 0, but must be finite: other tokens or nothing.
+    """
     shape = matrix_shape(x)
-    return shape and _tiles(x, list(shape), BLOCK_K, x.shape[3])
+    if shape is None or (x.shape[2] % BLOCK_Q and _has_gaps(x)):
+        return None
+    return _tiles(x, list(shape), BLOCK_K, x.shape[3])
+
+
+def _has_gaps(x: Tensor) -> bool:
+    """Whether memory that is not part of `x` (B, H, N, D) lies between the tokens of two heads or batch elements."""
+    batch, heads, length, _ = x.shape
+    batch_rows, head_rows, _ = matrix_steps(x)
+    if head_rows:
+        return head_rows != length or (batch > 1 and batch_rows != heads * length)
+    return batch > 1 and batch_rows != length
 
 
 def matrix_tiles(x: Tensor, rows: int) -> TensorDescriptor:

@@ -1,10 +1,13 @@
-"""Gradients of SLA2 attention in Triton; the formulas are those of its twin, `blocked_backward.py`.
+"""Gradients of SLA2 attention on CUDA; the formulas are those of its twin, `blocked_backward.py`.
 
 In order: means of the key blocks, statistics of the rows, the inverse of `kept`; a linear tail's part of dq, dk and dv
 (its sums over blocks not kept are two batched matmuls with the 0/1 tail mask); the pooled tail's part of the means'
 gradients; then q's kernel and k and v's, which add the kept keys and write the results. No sum depends on the order in
 which programs run. Extra memory: the statistics, the index, sums of parts of long lists (at most half of k and v in
 size), and for a linear tail two states (D, D) per query or key block at a time.
+
+On Hopper, in 16 bit and without mask or token order, q's kernel, k and v's and the pooled tail's are in Gluon
+(`gluon_backward_*.py`); a launcher there says whether it has done it.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import math
 import torch
 from torch import Tensor
 
-from sla2_compile.kernels import blocked_backward, gluon_backward_keys, gluon_backward_queries
+from sla2_compile.kernels import blocked_backward, gluon_backward_keys, gluon_backward_queries, gluon_backward_tail
 from sla2_compile.kernels.hardware import shared_memory
 from sla2_compile.kernels.settings import Settings, empty_output, row_gain
 from sla2_compile.kernels.triton_backward_keys import key_gradients, keys_config
@@ -98,8 +101,10 @@ def backward(
             config = linear_config(*hardware)
             correction = _linear_tail(dq, dk, dv, grad_out, q, k, v, real, order, means, rows, index, settings, config)
         if has_tail and (pooled or settings.mixing == "row"):
-            tail = tail_config(*hardware, gathers=order is not None)
-            dk_bar, dv_bar = tail_gradient(grad_out, q, index.bits, means, rows, order, settings, tail)
+            of_tail = (grad_out, q, index.bits, means, rows)
+            found = gluon_backward_tail.tail_gradient(*of_tail, real, order, k.shape[2], settings)
+            config_of_tail = tail_config(*hardware, gathers=order is not None)
+            dk_bar, dv_bar = found or tail_gradient(*of_tail, order, settings, config_of_tail)
         of_queries = (dq, grad_out, q, k, v, kept, index.bits, means, rows, real, order, settings)
         if not gluon_backward_queries.query_gradient(*of_queries):
             query_gradient(*of_queries, queries_config(*hardware))
