@@ -52,7 +52,7 @@ MIN_STAGES = 4
 def _consume(
     part: gl.constexpr, dq_tiles, kept_ptr, bits_ptr, k_mean_ptr, lse_ptr, offset_ptr, cap_ptr, tail_lse_ptr,
     tail_offset_ptr, dq_ptr, q_smem, grad_smem, k_smem, v_smem, dq_smem, q_full, q_empty, full, empty, dq_full,
-    dq_empty, head_start, dq_rows, dq_head_rows, dq_columns, dq_sn, H, GROUP, N, N_KV, M, T, slots, words, num_heads,
+    dq_empty, dq_rows, dq_head_rows, dq_columns, dq_sn, H, GROUP, N, N_KV, M, T, slots, words, num_heads,
     first_exact, last_exact, scale, RAGGED: gl.constexpr, TAIL: gl.constexpr, VALUES: gl.constexpr,
     ACCUMULATE: gl.constexpr,
 ):  # fmt: skip
@@ -95,19 +95,12 @@ def _consume(
         dq = gl.zeros([64, D], gl.float32, layout=o_layout)
         dropped = sum_in_thread(gl.zeros([64, 64], gl.float32, layout=s_layout))
         mbarrier.wait(full.index(slot_of(step, STAGES)), phase_of(step, STAGES))
-        if part == 1:
-            # Once: from then on one group multiplies while the other makes dS, and while it ends its query block.
-            if turn == 0:
-                mbarrier.wait(head_start, 0)
         score_token, prob_token = issue_scores(q, grad, k_smem, v_smem, step)
         if turn > 0:
             tma.store_wait(0)
             if ACCUMULATE:
                 mbarrier.arrive(dq_empty, count=1)
         scores, d_probs = warpgroup_mma_wait(0, deps=[score_token, prob_token])
-        if part == 0:
-            if turn == 0:
-                mbarrier.arrive(head_start, count=1)
         if RAGGED:
             for _ in range((short == 0).to(gl.int32)):
                 scores = mask_short(scores, last_size)
@@ -210,8 +203,6 @@ def _queries_kernel(
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     # What is full one thread announces; what is empty, both groups.
-    head_start = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(head_start, count=1)
     mbarrier.init(q_full, count=1)
     mbarrier.init(q_empty, count=2)
     mbarrier.init(dq_full, count=1)
@@ -224,14 +215,14 @@ def _queries_kernel(
         [
             (_consume, (gl.constexpr(0), dq_tiles, kept_ptr, bits_ptr, k_mean_ptr, lse_ptr, offset_ptr, cap_ptr,
                         tail_lse_ptr, tail_offset_ptr, dq_ptr, q_smem, grad_smem, k_smem, v_smem, dq_smem, q_full,
-                        q_empty, full, empty, dq_full, dq_empty, head_start, dq_rows, dq_head_rows, dq_columns, dq_sn,
-                        H, GROUP, N, N_KV, M, T, slots, words, num_heads, first_exact, last_exact, scale, RAGGED, TAIL,
-                        VALUES, ACCUMULATE)),
+                        q_empty, full, empty, dq_full, dq_empty, dq_rows, dq_head_rows, dq_columns, dq_sn, H, GROUP, N,
+                        N_KV, M, T, slots, words, num_heads, first_exact, last_exact, scale, RAGGED, TAIL, VALUES,
+                        ACCUMULATE)),
             (_consume, (gl.constexpr(1), dq_tiles, kept_ptr, bits_ptr, k_mean_ptr, lse_ptr, offset_ptr, cap_ptr,
                         tail_lse_ptr, tail_offset_ptr, dq_ptr, q_smem, grad_smem, k_smem, v_smem, dq_smem, q_full,
-                        q_empty, full, empty, dq_full, dq_empty, head_start, dq_rows, dq_head_rows, dq_columns, dq_sn,
-                        H, GROUP, N, N_KV, M, T, slots, words, num_heads, first_exact, last_exact, scale, RAGGED, TAIL,
-                        VALUES, ACCUMULATE)),
+                        q_empty, full, empty, dq_full, dq_empty, dq_rows, dq_head_rows, dq_columns, dq_sn, H, GROUP, N,
+                        N_KV, M, T, slots, words, num_heads, first_exact, last_exact, scale, RAGGED, TAIL, VALUES,
+                        ACCUMULATE)),
             (fetch_for_queries, (q_tiles, grad_tiles, k_tiles, v_tiles, k_bar_tiles, v_bar_tiles, dq_tiles, kept_ptr,
                                  q_smem, grad_smem, k_smem, v_smem, dq_smem, q_full, q_empty, full, empty, dq_full,
                                  dq_empty, q_rows, q_head_rows, q_columns, grad_rows, grad_head_rows, grad_columns,
