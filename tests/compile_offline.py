@@ -59,7 +59,6 @@ DIVIDE_REGISTERS = (
     "gluon_attention.attention_kernel",
     "gluon_backward_keys.keys_kernel",
     "gluon_backward_queries.queries_kernel",
-    "gluon_backward_tail.tail_kernel",
 )
 # Loads and stores in its loops where values are FP8, of some 2,000 instructions. The output, one tile's part of it,
 # which FP8 tensor cores may not add up themselves, and the scores fill a thread's 240 registers.
@@ -181,7 +180,7 @@ def compile_launch(launch: Launch) -> Compiled:
 
 
 def _known_in_loops(launch: Launch) -> int:
-    return LOCAL_IN_LOOPS_WITH_FP8_VALUES if "fp8" in launch.signature.get("v_tiles", "") else 0
+    return LOCAL_IN_LOOPS_WITH_FP8_VALUES if "fp8" in launch.signature["v_tiles"] else 0
 
 
 def unlaunched_kernels(launches: Iterable[Launch]) -> list[str]:
