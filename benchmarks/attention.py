@@ -114,9 +114,9 @@ def make_input_sets(shape: cases.Shape, device: torch.device, *, grad: bool = Fa
     return [(draw(), draw(), draw()) for _ in range(num_input_sets(num_bytes, device))]
 
 
-def sla2(config: SLA2Config) -> Function:
-    """The op with one config."""
-    return lambda q, k, v: attention(q, k, v, config=config)
+def sla2(config: SLA2Config, gain: Tensor | None = None) -> Function:
+    """The op with one config, and with a learned gain (H,) if there is one."""
+    return lambda q, k, v: attention(q, k, v, alpha_gain=gain, config=config)
 
 
 def measure_forward(run: Run, function: Function, input_sets: InputSets, work: Work) -> dict[str, Any]:
@@ -230,6 +230,15 @@ def run_shape(run: Run, label: str, shape: cases.Shape) -> None:
             case(
                 cases.sla2_name(form, number_format),
                 lambda config=config, work=work: measure_forward(run, sla2(config), input_sets, work),  # type: ignore[misc]
+            )
+    for option in cases.OPTIONS:
+        optional = cases.option_config(option, shape)
+        if optional is not None:
+            gain = torch.ones(shape[1], device=run.device) if "gain" in option else None
+            function, work = sla2(optional, gain), attention_forward_work(shape, optional)
+            case(
+                f"{cases.sla2_name('pooled, row', cases.PLAIN)}, {option}",
+                lambda function=function, work=work: measure_forward(run, function, input_sets, work),  # type: ignore[misc]
             )
     case(FLEX, flex)
 

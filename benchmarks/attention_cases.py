@@ -19,6 +19,10 @@ FORMS: dict[str, dict[str, Any]] = {
     "pooled, row": {"tail": "pooled", "mixing": "row"},
     "linear, block": {"tail": "linear", "mixing": "block"},
 }
+# Frames, height and width of the tokens of these lengths.
+GRIDS = {32760: (21, 30, 52), 75600: (21, 45, 80)}
+# What models that were calibrated, or have a video's token grid, use beside the plain forms: no target names them.
+OPTIONS = ("3D tiles", "learned gain", "3D tiles, learned gain")
 PLAIN = "16-bit"
 FORMATS: dict[str, dict[str, Any]] = {
     PLAIN: {},
@@ -96,3 +100,11 @@ def sla2_name(form: str, number_format: str) -> str:
 
 def config_of(form: str, number_format: str, sparsity: float = SPARSITY) -> SLA2Config:
     return SLA2Config(sparsity=sparsity, **FORMS[form], **FORMATS[number_format])
+
+
+def option_config(option: str, shape: Shape) -> SLA2Config | None:
+    """The config of an option in the first form; None where the shape has no grid of tokens."""
+    tiles = "3D tiles" in option
+    if tiles and shape[2] not in GRIDS:
+        return None
+    return SLA2Config(sparsity=SPARSITY, **FORMS["pooled, row"], token_grid=GRIDS[shape[2]] if tiles else None)

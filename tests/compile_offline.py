@@ -60,9 +60,6 @@ DIVIDE_REGISTERS = (
     "gluon_backward_keys.keys_kernel",
     "gluon_backward_queries.queries_kernel",
 )
-# Loads and stores in its loops where values are FP8, of some 2,000 instructions. The output, one tile's part of it,
-# which FP8 tensor cores may not add up themselves, and the scores fill a thread's 240 registers.
-LOCAL_IN_LOOPS_WITH_FP8_VALUES = 14
 
 
 @dataclass(frozen=True)
@@ -170,17 +167,13 @@ def compile_launch(launch: Launch) -> Compiled:
         problems += ["spills"] if stack else []
     elif in_loops is None:
         problems.append("has no loop with tensor-core instructions, so nothing is known of its spills")
-    elif in_loops > _known_in_loops(launch):
-        problems.append(f"spills in loops, where {_known_in_loops(launch)} loads and stores are known")
+    elif in_loops:
+        problems.append("spills in its loops")
     if shared > limit:
         problems.append(f"needs more than {limit} bytes of shared memory")
     if registers * 32 * launch.options.num_warps > REGISTERS and launch.kernel not in DIVIDE_REGISTERS:
         problems.append(f"needs more than {REGISTERS} registers")
     return Compiled(*label, registers, shared, stack, in_loops, ", ".join(problems))
-
-
-def _known_in_loops(launch: Launch) -> int:
-    return LOCAL_IN_LOOPS_WITH_FP8_VALUES if "fp8" in launch.signature["v_tiles"] else 0
 
 
 def unlaunched_kernels(launches: Iterable[Launch]) -> list[str]:

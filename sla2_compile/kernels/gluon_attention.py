@@ -27,7 +27,6 @@ from sla2_compile.kernels.hardware import num_multiprocessors, shared_memory
 from sla2_compile.kernels.settings import Settings
 from sla2_compile.kernels.tensor_rows import matrix_steps
 
-HEAD_START = True
 # Of FP8 values that tensor cores add up: each addition cuts off up to 2^-13 of the sum, so 128 of them 0.8 % at most.
 MAX_TILES_IN_TENSOR_CORES = 64
 
@@ -64,7 +63,6 @@ def _attention_kernel(
     q_columns, k_rows, k_head_rows, k_columns, v_rows, v_head_rows, v_columns, out_rows, out_head_rows, out_columns,
     out_sn, H, GROUP, N, N_KV, M, T, slots, words, num_heads, first_exact, last_exact, scale, RAGGED: gl.constexpr,
     APART: gl.constexpr, PROMOTE: gl.constexpr, MAP: gl.constexpr, STAGES: gl.constexpr,
-    HEAD_START: gl.constexpr,
 ):  # fmt: skip
     """Grid: as many programs as multiprocessors. sparse_out_ptr None: nothing is saved, log-sum-exps are 0.
 
@@ -111,13 +109,13 @@ def _attention_kernel(
                         sparse_lse_ptr, tail_lse_ptr, q_smem, k_smem, v_smem, scale_smem, k_bar_smem, v_bar_smem,
                         state_smem, q_full, q_empty, full, empty, state_full, state_empty, head_start, out_rows,
                         out_head_rows, out_columns, out_sn, H, GROUP, N, N_KV, M, T, slots, words, num_heads,
-                        first_exact, last_exact, scale, RAGGED, TAIL, LINEAR, APART, PROMOTE, HEAD_START, MAP)),
+                        first_exact, last_exact, scale, RAGGED, TAIL, LINEAR, APART, PROMOTE, MAP)),
             (consume, (gl.constexpr(1), out_tiles, sparse_out_tiles, order_ptr, kept_ptr, bits_ptr, logit_ptr,
                         gain_ptr, q_scale_ptr, v_scale_ptr, center_ptr, states_ptr, out_ptr, sparse_out_ptr,
                         sparse_lse_ptr, tail_lse_ptr, q_smem, k_smem, v_smem, scale_smem, k_bar_smem, v_bar_smem,
                         state_smem, q_full, q_empty, full, empty, state_full, state_empty, head_start, out_rows,
                         out_head_rows, out_columns, out_sn, H, GROUP, N, N_KV, M, T, slots, words, num_heads,
-                        first_exact, last_exact, scale, RAGGED, TAIL, LINEAR, APART, PROMOTE, HEAD_START, MAP)),
+                        first_exact, last_exact, scale, RAGGED, TAIL, LINEAR, APART, PROMOTE, MAP)),
             (_bring, (q_tiles, k_tiles, v_tiles, k_bar_tiles, v_bar_tiles, state_tiles, q_ptr, k_ptr, v_ptr, q_pitch,
                       k_pitch, v_pitch, order_ptr, k_scale_ptr, kept_ptr, q_smem, k_smem, v_smem, scale_smem,
                       k_bar_smem, v_bar_smem, state_smem, q_full, q_empty, full, empty, state_full, state_empty,
@@ -174,7 +172,7 @@ def attend(outputs: Outputs, inputs: AttentionInputs, settings: Settings) -> boo
         # Kept keys and means are one softmax, or two.
         APART=pooled and (settings.mixing == "block" or inputs.alpha_gain is not None),
         PROMOTE=codes.v is not None and (exact.count > 0 or slots > MAX_TILES_IN_TENSOR_CORES),
-        HEAD_START=HEAD_START, num_warps=4,
+        num_warps=4,
     )  # fmt: skip
     return True
 

@@ -79,7 +79,7 @@ def consume(
     scale_smem, k_bar_smem, v_bar_smem, state_smem, q_full, q_empty, full, empty, state_full, state_empty, head_start,
     out_rows, out_head_rows, out_columns, out_sn, H, GROUP, N, N_KV, M, T, slots, words, num_heads, first_exact,
     last_exact, scale, RAGGED: gl.constexpr, TAIL: gl.constexpr, LINEAR: gl.constexpr, APART: gl.constexpr,
-    PROMOTE: gl.constexpr, HEAD_START: gl.constexpr, MAP: gl.constexpr,
+    PROMOTE: gl.constexpr, MAP: gl.constexpr,
 ):  # fmt: skip
     """One group of warps: its half of every query block of this program."""
     D: gl.constexpr = q_smem.shape[2]
@@ -126,8 +126,8 @@ def consume(
 
         buffer = turn & 1
         q_block = q_smem.index(2 * buffer + part)
-        if HEAD_START and part == 1:
-            # Once: one group ends its query blocks while the other still multiplies.
+        if part == 1:
+            # Once, so that this group still multiplies when the other ends a query block.
             if turn == 0:
                 mbarrier.wait(head_start, 0)
         mbarrier.wait(q_full.index(buffer), (turn >> 1) & 1)
@@ -160,7 +160,7 @@ def consume(
             acc, peak, kept_q, k_smem, v_smem, scale_smem, full, slot, phase, count, num_waits, kept_factor, bias,
             kept_row + 1, T, last_size, 0.0, False, RAGGED,
         )  # fmt: skip
-        if HEAD_START and part == 0:
+        if part == 0:
             if turn == 0:
                 mbarrier.arrive(head_start, count=1)
         acc, weights, peak, held, total, last_slot, slot, phase = stream(
