@@ -12,6 +12,7 @@ compiler; on a GPU Triton too.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import subprocess
 import sys
@@ -61,10 +62,12 @@ def measure(device: torch.device, size: tuple[int, int, int, torch.dtype], spars
     with tempfile.TemporaryDirectory() as name, torch.no_grad():
         folder = Path(name)
         begin = time.perf_counter()
+        _say("building the dense package")
         dense = torch._inductor.aoti_compile_and_package(
             torch.export.export(model, (x,)), package_path=str(folder / "dense.pt2")
         )
         dense_built = time.perf_counter()
+        _say("building and checking the SLA2 package")
         report = export(
             model,
             (x,),
@@ -74,6 +77,7 @@ def measure(device: torch.device, size: tuple[int, int, int, torch.dtype], spars
             tolerance=TOLERANCE[dtype],
         )
         sla2_built = time.perf_counter()
+        _say("running both packages in a process of their own")
         torch.save(x, folder / "input")
         script = str(Path(__file__).with_name("run_packages.py"))
         command = [sys.executable, script, *map(str, (folder / "input", folder / "output", dense, report.path))]
@@ -101,7 +105,14 @@ def measure(device: torch.device, size: tuple[int, int, int, torch.dtype], spars
     }
 
 
+def _say(step: str) -> None:
+    # To stderr, which a crash does not hold back.
+    print(f"{step} ...", file=sys.stderr, flush=True)
+
+
 def main() -> int:
+    # Compiled packages run in this process: a crash in one shows where, and not only an exit status.
+    faulthandler.enable()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what to export for (default: cpu)")
     parser.add_argument("--sparsity", type=float, default=0.97, help="key blocks that skip the exact branch")
