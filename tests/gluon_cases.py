@@ -26,6 +26,21 @@ CASES = {
     "pooled, learned, qk int8, pv fp8": dataclasses.replace(
         POOLED, learned=True, qk_format="int8", pv_format="fp8", key_offset=2.0, **RAGGED
     ),
+    **{
+        f"{kept} FP8 tiles kept": dataclasses.replace(
+            POOLED,
+            qk_format="fp8",
+            pv_format="fp8",
+            key_offset=2.0,
+            q_len=130,
+            kv_len=64 * 11 + 5,
+            sparsity=1 - kept / 12,
+        )
+        for kept in (1, 2, 3, 4, 7)
+    },
+    "many FP8 tiles": dataclasses.replace(
+        POOLED, qk_format="int8", pv_format="fp8", key_offset=2.0, q_len=64, kv_len=64 * 70 + 5, sparsity=0.0
+    ),
     "tiles": TILES,
     "tiles, learned, batch": dataclasses.replace(TILES, learned=True, batch=2, heads=2),
     "tiles, linear, head dim 128": dataclasses.replace(TILES, tail="linear", mixing="block", dim=128, key_offset=1.0),
