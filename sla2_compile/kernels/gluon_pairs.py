@@ -146,8 +146,7 @@ def stream_pairs(
 @gluon.jit
 def issue_last_pair(acc, weights_1, weights_2, held, v_smem, last_slot):
     """The sums and, in flight, the last pair's product with the values, both for `gluon_stream.finish`."""
-    layout: gl.constexpr = acc.type.layout
-    probs_1, probs_2 = _to_operands(weights_1, weights_2, layout)
+    probs_1, probs_2 = _to_operands(weights_1, weights_2, acc.type.layout)
     acc = acc * held[:, None]
     token = issue_values(probs_1, v_smem.index(2 * last_slot), acc, False)
     return acc, issue_values(probs_2, v_smem.index(2 * last_slot + 1), token, False)
