@@ -105,18 +105,10 @@ class SharedMemory:
         return self._view(lambda plane: plane.narrow(dim, int(start), length))
 
     def permute(self, order: Sequence[int]) -> SharedMemory:
-        return self._view(lambda plane: plane.permute([*order, *range(len(order), plane.dim())]))
+        return self._view(lambda plane: plane.permute(list(order)))
 
     def reshape(self, shape: Sequence[int]) -> SharedMemory:
-        return self._view(lambda plane: plane.view([*shape, *plane.shape[self.rank :]]))
-
-    def _reinterpret(self, dtype: Any, shape: Sequence[int], layout: Any) -> SharedMemory:
-        """The same bytes as other elements; of a whole allocation, right after it."""
-        old, data = self.planes[0], self.planes[0].view(-1).view(DTYPES[dtype]).view(list(shape))
-        # From now on events are those of bytes, so that both views share them.
-        events = [torch.zeros(old.nbytes, dtype=torch.int32) for _ in self.planes[1:]]
-        self.planes[1:] = [x.view(*old.shape, old.element_size()) for x in events]
-        return SharedMemory(self.machine, [data, *(x.view(*shape, data.element_size()) for x in events)], layout)
+        return self._view(lambda plane: plane.view(list(shape)))
 
     def load(self, layout: Any = None) -> Value:
         self.check_read(asynchronous=False)

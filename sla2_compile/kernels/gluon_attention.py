@@ -73,28 +73,15 @@ def _attention_kernel(
     LINEAR: gl.constexpr = state_tiles is not None
     # Two query blocks: the output leaves by the place of its queries while the next ones arrive.
     q_smem = gl.allocate_shared_memory(q_tiles.dtype, [4] + q_tiles.block_type.shape, q_tiles.layout)
-    PAIRS: gl.constexpr = v_tiles.dtype == gl.float8e4nv and not PROMOTE
-    TILES: gl.constexpr = 2 * STAGES if PAIRS else STAGES
-    k_shape: gl.constexpr = [TILES, k_tiles.block_type.shape[0], k_tiles.block_type.shape[1]]
-    v_shape: gl.constexpr = [TILES, v_tiles.block_type.shape[0], v_tiles.block_type.shape[1]]
-    mean_shape: gl.constexpr = [STAGES, q_tiles.block_type.shape[0], q_tiles.block_type.shape[1]]
-    if TAIL and PAIRS:
-        # Two tiles of codes take as much as one of means.
-        k_bar_smem = gl.allocate_shared_memory(q_tiles.dtype, mean_shape, q_tiles.layout)
-        v_bar_smem = gl.allocate_shared_memory(q_tiles.dtype, mean_shape, q_tiles.layout)
-        k_smem = k_bar_smem._reinterpret(k_tiles.dtype, k_shape, k_tiles.layout)
-        v_smem = v_bar_smem._reinterpret(v_tiles.dtype, v_shape, v_tiles.layout)
-    else:
-        k_smem = gl.allocate_shared_memory(k_tiles.dtype, k_shape, k_tiles.layout)
-        v_smem = gl.allocate_shared_memory(v_tiles.dtype, v_shape, v_tiles.layout)
-        k_bar_smem, v_bar_smem = k_smem, v_smem
-        if TAIL and k_tiles.dtype != q_tiles.dtype:
-            k_bar_smem = gl.allocate_shared_memory(q_tiles.dtype, mean_shape, q_tiles.layout)
-        if TAIL and v_tiles.dtype != q_tiles.dtype:
-            v_bar_smem = gl.allocate_shared_memory(q_tiles.dtype, mean_shape, q_tiles.layout)
-    scale_smem, state_smem = q_smem, q_smem
+    k_smem = gl.allocate_shared_memory(k_tiles.dtype, [STAGES] + k_tiles.block_type.shape, k_tiles.layout)
+    v_smem = gl.allocate_shared_memory(v_tiles.dtype, [STAGES] + v_tiles.block_type.shape, v_tiles.layout)
+    scale_smem, k_bar_smem, v_bar_smem, state_smem = q_smem, k_smem, v_smem, q_smem
     if k_scale_ptr is not None:
-        scale_smem = gl.allocate_shared_memory(gl.float32, [TILES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        scale_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    if TAIL and k_tiles.dtype != q_tiles.dtype:
+        k_bar_smem = gl.allocate_shared_memory(q_tiles.dtype, [STAGES] + q_tiles.block_type.shape, q_tiles.layout)
+    if TAIL and v_tiles.dtype != q_tiles.dtype:
+        v_bar_smem = gl.allocate_shared_memory(q_tiles.dtype, [STAGES] + q_tiles.block_type.shape, q_tiles.layout)
     if LINEAR:
         state_smem = gl.allocate_shared_memory(state_tiles.dtype, state_tiles.block_type.shape, state_tiles.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -164,15 +151,14 @@ def attend(outputs: Outputs, inputs: AttentionInputs, settings: Settings) -> boo
         token_tiles(v) if codes.v is None else matrix_tiles(codes.v, dim),
     ]
     pooled = inputs.has_tail and settings.tail == "pooled"
-    exact = settings.exact_queries(q_len, kv_len)
-    promote = codes.v is not None and (exact.count > 0 or slots > MAX_TILES_IN_TENSOR_CORES)
-    num_stages = _num_stages(dim, inputs, pooled=pooled, pairs=codes.v is not None and not promote)
+    num_stages = _num_stages(dim, inputs, pooled=pooled)
     if None in tiles or (inputs.order is not None and num_stages < MIN_STAGES):
         return False
     tiles += [matrix_tiles(mean, BLOCK_K) if pooled else None for mean in (statistics.k_bar, statistics.v_bar)]
     tiles.append(None if states is None else matrix_tiles(states, dim))
     tiles += [None if x is None else token_tiles(x) for x in (outputs.out, outputs.sparse_out)]
     gathered = [None if inputs.order is None else x for x in (q, k, v)]
+    exact = settings.exact_queries(q_len, kv_len)
     shifts = codes.k is None and outputs.sparse_out is not None
     _attention_kernel[min(num_multiprocessors(q.device), batch * heads * blocks),](
         *tiles, *gathered, *(0 if x is None else x.stride(2) for x in gathered), inputs.order,
@@ -185,17 +171,18 @@ def attend(outputs: Outputs, inputs: AttentionInputs, settings: Settings) -> boo
         RAGGED=kv_len % BLOCK_K != 0, MAP=settings.feature_map, STAGES=num_stages,
         # Kept keys and means are one softmax, or two.
         APART=pooled and (settings.mixing == "block" or inputs.alpha_gain is not None),
-        PROMOTE=promote, num_warps=4,
+        PROMOTE=codes.v is not None and (exact.count > 0 or slots > MAX_TILES_IN_TENSOR_CORES),
+        num_warps=4,
     )  # fmt: skip
     return True
 
 
-def _num_stages(dim: int, inputs: AttentionInputs, *, pooled: bool, pairs: bool) -> int:
+def _num_stages(dim: int, inputs: AttentionInputs, *, pooled: bool) -> int:
     """Slots of the rings: as deep as shared memory allows beside queries, state and barriers."""
     tile = BLOCK_K * dim
     held = 4 * tile * 2 + (dim * dim * 2 if inputs.states is not None else 0) + 2048
     slot = 0
     for codes in (inputs.codes.k, inputs.codes.v):
-        # Codes and block means have slots of their own, but where two tiles of codes share one with a mean's.
-        slot += tile * 2 if codes is None or pairs else tile + (tile * 2 if pooled else 0)
+        # Codes and block means have slots of their own.
+        slot += tile * 2 if codes is None else tile + (tile * 2 if pooled else 0)
     return min(6, (shared_memory(inputs.q.device) - held) // slot)

@@ -12,7 +12,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from sla2_compile.kernels.gluon_fetch import query_block
-from sla2_compile.kernels.gluon_pairs import begin_pairs, issue_last_pair, stream_pairs
 from sla2_compile.kernels.gluon_stream import (
     INTEGER_FLOAT,
     MEAN_BIAS,
@@ -87,9 +86,6 @@ def consume(
     SAVE: gl.constexpr = sparse_out_ptr is not None
     dtype: gl.constexpr = q_smem.dtype
     FP8_VALUES: gl.constexpr = v_smem.dtype == gl.float8e4nv
-    # Two tiles a step and a slot of the ring.
-    PAIRS: gl.constexpr = FP8_VALUES and not PROMOTE
-    STAGES: gl.constexpr = full.shape[0]
     # Kept keys and means in one stretch, where nothing is written between and both are of one kind.
     JOINED: gl.constexpr = TAIL and not SAVE and not APART and k_smem.dtype == dtype and v_smem.dtype == dtype
     KEY_BYTES: gl.constexpr = k_smem.dtype.primitive_bitwidth // 8
@@ -160,37 +156,24 @@ def consume(
         if JOINED:
             num_waits += num_means
         first_slot = slot
-        if PAIRS:
-            weights_1, weights_2, peak, held, total, slot, phase = begin_pairs(
-                acc, peak, kept_q, k_smem, scale_smem, full, slot, phase, count, kept_factor, bias, kept_row + 1, T,
-                last_size, STAGES,
-            )  # fmt: skip
-        else:
-            weights, peak, held, total, slot, phase = begin(
-                acc, peak, kept_q, k_smem, v_smem, scale_smem, full, slot, phase, count, num_waits, kept_factor, bias,
-                kept_row + 1, T, last_size, 0.0, False, RAGGED,
-            )  # fmt: skip
+        weights, peak, held, total, slot, phase = begin(
+            acc, peak, kept_q, k_smem, v_smem, scale_smem, full, slot, phase, count, num_waits, kept_factor, bias,
+            kept_row + 1, T, last_size, 0.0, False, RAGGED,
+        )  # fmt: skip
         if part == 0:
             if turn == 0:
                 mbarrier.arrive(head_start, count=1)
-        if PAIRS:
-            acc, weights_1, weights_2, peak, held, total, last_slot, slot, phase = stream_pairs(
-                acc, weights_1, weights_2, peak, held, total, kept_q, k_smem, v_smem, scale_smem, full, empty,
-                first_slot, slot, phase, count, kept_factor, bias, kept_row + 1, T, last_size, STAGES,
-            )  # fmt: skip
-            acc, token = issue_last_pair(acc, weights_1, weights_2, held, v_smem, last_slot)
-        else:
+        acc, weights, peak, held, total, last_slot, slot, phase = stream(
+            acc, weights, peak, held, total, kept_q, k_smem, v_smem, scale_smem, full, empty, first_slot, slot, phase,
+            1, count, num_waits, kept_factor, bias, kept_row + 1, T, last_size, 0.0, False, RAGGED, PROMOTE,
+        )  # fmt: skip
+        if JOINED:
             acc, weights, peak, held, total, last_slot, slot, phase = stream(
-                acc, weights, peak, held, total, kept_q, k_smem, v_smem, scale_smem, full, empty, first_slot, slot,
-                phase, 1, count, num_waits, kept_factor, bias, kept_row + 1, T, last_size, 0.0, False, RAGGED, PROMOTE,
+                acc, weights, peak, held, total, q, k_smem, v_smem, scale_smem, full, empty, last_slot, slot, phase, 0,
+                num_means, num_means, factor, MEAN_BIAS, bits_ptr + block * words, T, last_size, last_bias, True,
+                RAGGED, False,
             )  # fmt: skip
-            if JOINED:
-                acc, weights, peak, held, total, last_slot, slot, phase = stream(
-                    acc, weights, peak, held, total, q, k_smem, v_smem, scale_smem, full, empty, last_slot, slot,
-                    phase, 0, num_means, num_means, factor, MEAN_BIAS, bits_ptr + block * words, T, last_size,
-                    last_bias, True, RAGGED, False,
-                )  # fmt: skip
-            acc, token = issue_last(acc, weights, held, v_smem, last_slot, PROMOTE)
+        acc, token = issue_last(acc, weights, held, v_smem, last_slot, PROMOTE)
         total = row_totals(total, gl.SliceLayout(1, kept_layout))
         peak = gl.convert_layout(peak, gl.SliceLayout(1, kept_layout))
         if q_scale_ptr is not None or LINEAR or (TAIL and not JOINED):

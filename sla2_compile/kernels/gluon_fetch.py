@@ -22,18 +22,6 @@ def query_block(index, num_heads, M, first_exact, last_exact):
 
 
 @gluon.jit
-def _copy_pair(k_tiles, v_tiles, k_row, k_column, v_row, v_column, barrier, k_smem, v_smem):
-    tma.async_copy_global_to_shared(k_tiles, [k_row, k_column], barrier, k_smem)
-    tma.async_copy_global_to_shared(v_tiles, [v_row, v_column], barrier, v_smem)
-
-
-@gluon.jit
-def _put_scale(ptr, smem):
-    """A tile's scale (1,); the barrier that announces the tile announces it too."""
-    smem.store(gl.load(ptr + gl.arange(0, 1, layout=gl.BlockedLayout([1], [32], [1], [0]))))
-
-
-@gluon.jit
 def fetch_pair(k_tiles, v_tiles, k_row, k_column, v_row, v_column, k_smem, v_smem, full, empty, slot, phase):
     """A tile of keys and one of values into a slot of their rings, once that is empty; the next slot and its phase.
 
@@ -41,9 +29,8 @@ def fetch_pair(k_tiles, v_tiles, k_row, k_column, v_row, v_column, k_smem, v_sme
     """
     mbarrier.wait(empty.index(slot), phase ^ 1)
     mbarrier.expect(full.index(slot), k_tiles.block_type.nbytes + v_tiles.block_type.nbytes)
-    _copy_pair(
-        k_tiles, v_tiles, k_row, k_column, v_row, v_column, full.index(slot), k_smem.index(slot), v_smem.index(slot)
-    )  # fmt: skip
+    tma.async_copy_global_to_shared(k_tiles, [k_row, k_column], full.index(slot), k_smem.index(slot))
+    tma.async_copy_global_to_shared(v_tiles, [v_row, v_column], full.index(slot), v_smem.index(slot))
     return next_slot(slot, phase, k_smem.shape[0])
 
 
@@ -68,9 +55,6 @@ def fetch(
     q_rows: rows from one batch element to the next; q_head_rows, q_columns: rows and columns from one head to the next.
     """
     D: gl.constexpr = q_smem.shape[2]
-    STAGES: gl.constexpr = full.shape[0]
-    # A slot holds two kept tiles of codes, or one of means.
-    PAIRS: gl.constexpr = k_smem.shape[0] != STAGES
     slot, phase = 0, 0
     turn = 0
     for index in range(gl.program_id(0), num_heads * M, gl.num_programs(0)):
@@ -97,35 +81,17 @@ def fetch(
         V_ROWS: gl.constexpr = v_tiles.block_type.shape[0]
         kept_row = kept_ptr + (head.to(gl.int64) * M + m) * (1 + slots)
         count = gl.load(kept_row)
-        if PAIRS:
-            for i in range(0, count, 2):
-                j = gl.load(kept_row + 1 + i, mask=count < T, other=i)
-                # An odd last tile comes twice.
-                other = gl.load(kept_row + 2 + i, mask=(count < T) & (i + 1 < count), other=i + 1)
-                other = gl.where(i + 1 < count, other, j)
+        for i in range(count):
+            j = gl.load(kept_row + 1 + i, mask=count < T, other=i)
+            if k_scale_ptr is not None:
+                scale = gl.load(k_scale_ptr + kv_head * T + j)
                 mbarrier.wait(empty.index(slot), phase ^ 1)
-                _put_scale(k_scale_ptr + kv_head * T + j, scale_smem.index(2 * slot))
-                _put_scale(k_scale_ptr + kv_head * T + other, scale_smem.index(2 * slot + 1))
-                mbarrier.expect(full.index(slot), 2 * (k_tiles.block_type.nbytes + v_tiles.block_type.nbytes))
-                _copy_pair(
-                    k_tiles, v_tiles, k_row + j * 64, 0, v_row + j * V_ROWS, 0, full.index(slot),
-                    k_smem.index(2 * slot), v_smem.index(2 * slot),
-                )  # fmt: skip
-                _copy_pair(
-                    k_tiles, v_tiles, k_row + other * 64, 0, v_row + other * V_ROWS, 0, full.index(slot),
-                    k_smem.index(2 * slot + 1), v_smem.index(2 * slot + 1),
-                )  # fmt: skip
-                slot, phase = next_slot(slot, phase, STAGES)
-        else:
-            for i in range(count):
-                j = gl.load(kept_row + 1 + i, mask=count < T, other=i)
-                if k_scale_ptr is not None:
-                    mbarrier.wait(empty.index(slot), phase ^ 1)
-                    _put_scale(k_scale_ptr + kv_head * T + j, scale_smem.index(slot))
-                slot, phase = fetch_pair(
-                    k_tiles, v_tiles, k_row + j * 64, k_column, v_row + j * V_ROWS, v_column, k_smem, v_smem, full,
-                    empty, slot, phase,
-                )  # fmt: skip
+                layout: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
+                scale_smem.index(slot).store(gl.full([64], scale, gl.float32, layout=layout))
+            slot, phase = fetch_pair(
+                k_tiles, v_tiles, k_row + j * 64, k_column, v_row + j * V_ROWS, v_column, k_smem, v_smem, full, empty,
+                slot, phase,
+            )  # fmt: skip
         if k_bar_tiles is not None:
             for first in range(0, gl.where(count == T, 0, T), 64):
                 row = kv_head * T + first

@@ -60,7 +60,7 @@ def sum_in_thread(weights):
 
 
 @gluon.jit
-def row_maximum(scores):
+def _row_maximum(scores):
     """(64,) maxima of rows, in five steps a thread: one maximum over all columns is compiled to a chain of 15."""
     layout: gl.constexpr = gl.SliceLayout(1, scores.type.layout)
     pairs = gl.max(gl.reshape(scores, [ROWS, 2, 4, 4, 2]), 4)
@@ -68,7 +68,7 @@ def row_maximum(scores):
 
 
 @gluon.jit
-def issue_scores(q, keys):
+def _issue_scores(q, keys):
     element: gl.constexpr = gl.int32 if q.dtype == gl.int8 else gl.float32
     layout: gl.constexpr = q.type.layout.parent
     empty = gl.zeros([ROWS, KEYS], element, layout=layout)
@@ -76,7 +76,7 @@ def issue_scores(q, keys):
 
 
 @gluon.jit
-def issue_values(probs, values, acc, APART: gl.constexpr):
+def _issue_values(probs, values, acc, APART: gl.constexpr):
     """APART: into sums of their own."""
     if values.dtype == gl.float8e4nv:
         values = values.permute((1, 0))
@@ -108,12 +108,14 @@ def _mask_means(scores, low, high, first, T, last_bias, RAGGED: gl.constexpr):
 
 
 @gluon.jit
-def tile_factor(factor, q, scale_smem, tile):
+def _factor(factor, q, scale_smem, slot):
     """(64,) what makes of the products of a tile scores in base 2."""
+    layout: gl.constexpr = gl.SliceLayout(1, q.type.layout.parent)
+    factor = gl.full([ROWS], factor, gl.float32, layout=layout)
     if q.dtype.primitive_bitwidth == 8:
         # From shared memory: read from a list of numbers, it would hold up the next scores.
-        factor *= gl.sum(scale_smem.index(tile).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
-    return gl.full([ROWS], factor, gl.float32, layout=gl.SliceLayout(1, q.type.layout.parent))
+        factor *= scale_smem.index(slot).load(layout)
+    return factor
 
 
 @gluon.jit
@@ -122,7 +124,7 @@ def _softmax(scores, peak, factor, bias, FP8: gl.constexpr):
 
     With FP8 peaks are whole numbers: codes then do not depend on which tiles came before.
     """
-    new_peak = row_maximum(scores) * factor + bias
+    new_peak = _row_maximum(scores) * factor + bias
     if FP8:
         new_peak = gl.ceil(new_peak)
     new_peak = gl.maximum(peak, new_peak)
@@ -147,7 +149,7 @@ def pack_fp8(x):
 
 
 @gluon.jit
-def to_operand(weights, dtype: gl.constexpr, layout: gl.constexpr):
+def _to_operand(weights, dtype: gl.constexpr, layout: gl.constexpr):
     """Probabilities as the left operand of the product with the values; moves nothing between threads.
 
     8-bit ones come in the order in which `triton_low_bit.stored_key` has the values.
@@ -160,7 +162,7 @@ def to_operand(weights, dtype: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
-def as_scores(products):
+def _as_scores(products):
     """Products of 8-bit integers as float32, exactly: two instructions that run at full rate, unlike a conversion."""
     if products.dtype == gl.int32:
         return (products + INTEGER_BITS).to(gl.float32, bitcast=True) - INTEGER_FLOAT
@@ -189,15 +191,15 @@ def begin(
     if MEANS:
         low, high = gl.load(tile_ptr), gl.load(tile_ptr + 1)
     mbarrier.wait(full.index(slot), phase)
-    token = issue_scores(q, k_smem.index(slot))
-    scaled = tile_factor(factor, q, scale_smem, slot)
+    token = _issue_scores(q, k_smem.index(slot))
+    tile_factor = _factor(factor, q, scale_smem, slot)
     slot, phase = next_slot(slot, phase, STAGES)
-    scores = as_scores(warpgroup_mma_wait(0, deps=[token]))
+    scores = _as_scores(warpgroup_mma_wait(0, deps=[token]))
     if MEANS:
         scores = _mask_means(scores, low, high, 0, T, last_bias, RAGGED)
     elif RAGGED:
         scores = _mask_short(scores, gl.load(tile_ptr, mask=num_tiles < T, other=0), T - 1, last_size)
-    weights, peak, rescale = _softmax(scores, peak, scaled, bias, FP8)
+    weights, peak, rescale = _softmax(scores, peak, tile_factor, bias, FP8)
     if num_waits > 1:
         mbarrier.wait(full.index(slot), phase)
     held = gl.convert_layout(rescale, gl.SliceLayout(1, acc.type.layout))
@@ -221,19 +223,19 @@ def _tiles(
         # What is read from memory here is used after the scores.
         if MEANS:
             low, high = gl.load(tile_ptr + 2 * i), gl.load(tile_ptr + 2 * i + 1)
-        scaled = tile_factor(factor, q, scale_smem, slot)
-        token = issue_scores(q, k_smem.index(slot))
+        tile_factor = _factor(factor, q, scale_smem, slot)
+        token = _issue_scores(q, k_smem.index(slot))
         if not PROMOTE:
             # Behind the scores: the tensor cores have work in the meantime.
             acc = acc * held[:, None]
-        probs = to_operand(weights, v_smem.dtype, p_layout)
-        acc_token = issue_values(probs, v_smem.index(last_slot), acc, PROMOTE)
-        scores = as_scores(warpgroup_mma_wait(1, deps=[token]))
+        probs = _to_operand(weights, v_smem.dtype, p_layout)
+        acc_token = _issue_values(probs, v_smem.index(last_slot), acc, PROMOTE)
+        scores = _as_scores(warpgroup_mma_wait(1, deps=[token]))
         if MEANS:
             scores = _mask_means(scores, low, high, i * KEYS, T, last_bias, RAGGED)
         elif RAGGED:
             scores = _mask_short(scores, gl.load(tile_ptr + i, mask=num_tiles < T, other=i), T - 1, last_size)
-        weights, peak, rescale = _softmax(scores, peak, scaled, bias, FP8)
+        weights, peak, rescale = _softmax(scores, peak, tile_factor, bias, FP8)
         added = sum_in_thread(weights)
         after, after_phase = next_slot(slot, phase, STAGES)
         # Here and not where it is needed: a branch keeps the assembler from moving the next wait up to before the
@@ -264,7 +266,7 @@ def stream(
         held: (64,) what `acc` must be multiplied by before the last tile's product is added.
         total: (64, 4) float32 sums of the weights so far, in each thread.
         q: (64, D) queries or their codes, in registers.
-        scale_smem: (slots of the ring, 1) float32 scales of the tiles, where q is codes.
+        scale_smem: (slots of the ring, 64) float32 scales of the tiles, the same for all rows, where q is codes.
         last_slot, slot, phase: of the ring, of the last tile and of the next one, which has been waited for.
         num_waits: as many as `num_tiles`, or more where tiles follow with nothing between.
         factor: what makes of a product of q and k a score in base 2, but for a code's scale.
@@ -301,8 +303,8 @@ def issue_last(acc, weights, held, v_smem, last_slot, PROMOTE: gl.constexpr):
     if not PROMOTE:
         acc = acc * held[:, None]
     p_layout: gl.constexpr = left_operand(acc.type.layout, v_smem.dtype.primitive_bitwidth // 8)
-    probs = to_operand(weights, v_smem.dtype, p_layout)
-    return acc, issue_values(probs, v_smem.index(last_slot), acc, PROMOTE)
+    probs = _to_operand(weights, v_smem.dtype, p_layout)
+    return acc, _issue_values(probs, v_smem.index(last_slot), acc, PROMOTE)
 
 
 @gluon.jit
