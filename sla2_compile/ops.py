@@ -193,7 +193,12 @@ def _register_sharding_rules() -> None:
 
 def attention_implementation(*args: Any, **kwargs: Any) -> Tensor:
     """`sla2::attention`, from its arguments."""
-    return _Attention.apply(*forward_arguments(*args, **kwargs))[0]
+    arguments = forward_arguments(*args, **kwargs)
+    needs_grad = arguments[8]
+    if not needs_grad and not torch._C._are_functorch_transforms_active():
+        # What autograd and torch.func would do costs as much as two launches.
+        return torch.ops.sla2.attention_forward(*arguments)[0]
+    return _Attention.apply(*arguments)[0]
 
 
 def forward_arguments(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,7 +62,7 @@ def check_settings(
 
     Lengths may be symbolic, so they are checked here; `choices` are fields of the config.
     """
-    SLA2Config(**choices)
+    _check_choices(**choices)
     if not 0 <= sparsity_units <= SPARSITY_UNIT:
         raise ValueError(
             f"sparsity_units: expected millionths from 0 to {SPARSITY_UNIT}, got {sparsity_units}; "
@@ -75,6 +76,11 @@ def check_settings(
             f"token_grid: expected three positive integers (frames, height, width), got {tuple(token_grid)}; "
             "None keeps the model's order"
         )
+
+
+@functools.cache
+def _check_choices(**choices: Any) -> None:
+    SLA2Config(**choices)
 
 
 def check_attention_arguments(
