@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 COMPILE_OFFLINE := $(BIN)/python tests/compile_offline.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-export test-all kernels-offline coverage lint format bench bench-model bench-cpu paper-table clean
+.PHONY: help demo test test-export test-all test-gpu kernels-offline coverage lint format bench bench-model bench-cpu paper-table clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
@@ -46,6 +46,9 @@ test-export: $(VENV)/dev.stamp ## third-party models exported in every format bu
 test-all: lint ## the same with the slow tests
 	$(PYTEST)
 	$(COMPILE_OFFLINE) --quick
+
+test-gpu: $(VENV)/dev.stamp ## the tests that need a CUDA GPU (about five minutes on sixteen cores)
+	$(PYTEST) -m gpu
 
 kernels-offline: $(VENV)/dev.stamp ## compile all kernels for six GPUs without one (about half an hour; ARGS=--quick: two minutes)
 	$(COMPILE_OFFLINE) $(ARGS)
