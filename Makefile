@@ -47,7 +47,7 @@ test-all: lint ## the same with the slow tests
 	$(PYTEST)
 	$(COMPILE_OFFLINE) --quick
 
-test-gpu: $(VENV)/dev.stamp ## the tests that need a CUDA GPU (about five minutes on sixteen cores)
+test-gpu: $(VENV)/dev.stamp ## the tests that need a CUDA GPU (a few minutes on sixteen cores)
 	$(PYTEST) -m gpu
 
 kernels-offline: $(VENV)/dev.stamp ## compile all kernels for six GPUs without one (about half an hour; ARGS=--quick: two minutes)
