@@ -21,6 +21,7 @@ from examples.paper_table import __main__ as command
 from examples.paper_table.context import Context
 from examples.paper_table.jobs import SERVED, RowJob, Stage1, TeacherStage, serve_in_new_process
 from examples.paper_table.measures import feature_distance, kernel_distance, psnr, ssim
+from examples.paper_table.pictures import SHOWN_ROWS
 from examples.paper_table.presets import FULL, REHEARSAL, TINY
 from examples.paper_table.published import TEACHER, read_teacher, write_teacher
 from examples.paper_table.report import page, verdict
@@ -218,6 +219,27 @@ def test_frames_are_a_picture_that_others_can_read(tmp_path: Path) -> None:
     assert image.size == (12, 8)
     red, green, blue = ((video[1, 4, :, 2, 3] + 1) * 127.5).round().int().tolist()
     assert image.getpixel((6 + 3, 4 + 2)) == (red, green, blue)
+
+
+def test_frames_of_rows_without_training_are_those_their_jobs_would_save(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = context(tmp_path)
+    torch.manual_seed(0)
+    # Large weights: after a few steps of training, attention would move no pixel.
+    weights = {name: torch.randn_like(x) for name, x in VideoDiT(TINY.model).state_dict().items()}
+    tiny.storage.write_weights(tiny.last_stage, weights)
+
+    assert command.main(["frames", "--tiny", "--root", str(tmp_path), "--device", "cpu"]) == 0
+
+    shown = [name for name in SHOWN_ROWS if "untrained" in name]
+    assert {path.stem for path in tiny.storage.results.glob("*.png")} == set(shown)
+    ratios = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()[2:]]
+    # The teacher's clips against themselves, then others that differ.
+    assert len(ratios) == len(shown)
+    assert ratios[0] == 60
+    assert max(ratios[1:]) < 60
+    torch.testing.assert_close(tiny.samples(tiny.teacher, 2), tiny.samples(tiny.teacher)[:2])
 
 
 def test_shifted_times_keep_the_ends_and_are_nearer_to_the_noise_between(root: Path) -> None:

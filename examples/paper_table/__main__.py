@@ -5,6 +5,7 @@
     python -m examples.paper_table run --budget-seconds 540 --bundle DIR      # as many jobs as the time allows
     python -m examples.paper_table collect DIR                   # take in what a run on another machine brought back
     python -m examples.paper_table publish                       # round the trained teacher into teacher.safetensors
+    python -m examples.paper_table frames                        # clips of the rows without training, on any machine
     python -m examples.paper_table report                        # write docs/paper_table.md
 
 `--tiny` does the same in a size that shows that everything runs; its numbers mean nothing. So does `--rehearsal` at the
@@ -14,18 +15,23 @@ full size with a step of everything: it finds what does not run on a machine, an
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from pathlib import Path
 
 import torch
+from tabulate import tabulate
 
 from examples.paper_table.context import Context
+from examples.paper_table.frames import make_frames
 from examples.paper_table.presets import FULL, REHEARSAL, TINY, Preset
 from examples.paper_table.published import TEACHER, write_teacher
 from examples.paper_table.schedule import all_jobs, pending, run_jobs
 from examples.paper_table.storage import HERE, Storage
 from examples.video_dit.photographs import gather, pack
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -42,10 +48,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     run.add_argument("--budget-seconds", type=float, default=1500, help="stop cleanly after this time (default: 1500)")
     run.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="names of jobs (fnmatch)")
     run.add_argument("--bundle", type=Path, help="after every job put all that must come back into this folder")
-    run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    run.add_argument("--device", default=DEVICE)
     collect = commands.add_parser("collect", parents=[common], help="take in a bundle")
     collect.add_argument("folder", type=Path)
     commands.add_parser("publish", parents=[common], help="write the trained teacher in 8 bits beside this file")
+    frames = commands.add_parser("frames", parents=[common], help="make the frames of rows that need no training")
+    frames.add_argument("--device", default=DEVICE)
     report = commands.add_parser("report", parents=[common], help="write the page and its pictures")
     report.add_argument("--docs", type=Path, help="folder of the page (default: docs; for other sizes, their work)")
     return parser.parse_args(arguments)
@@ -82,6 +90,9 @@ def main(arguments: list[str] | None = None) -> int:
         path = TEACHER if preset is FULL else storage.work / TEACHER.name
         write_teacher(weights, path)
         print(f"{path}: {path.stat().st_size / 2**20:.1f} MiB")
+    elif args.command == "frames":
+        context = Context(preset, storage, args.device, math.inf)
+        print(tabulate(make_frames(context), ["from the teacher's noise", "PSNR against it, dB"], floatfmt=".1f"))
     elif args.command == "report":
         from examples.paper_table.report import write_report
 

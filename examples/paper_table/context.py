@@ -24,6 +24,8 @@ from examples.video_dit.serve import autocast
 from sla2_compile.kernels.dispatch import missing_for_format
 from sla2_compile.learned_state import LowBit
 
+SAMPLED_TOGETHER = 16
+
 
 class Context:
     """What jobs share: files, device, deadline, and what is costly to make, made once.
@@ -87,12 +89,14 @@ class Context:
     def labels(self) -> Tensor:
         return (torch.arange(self.preset.num_samples) % self.preset.model.num_labels).to(self.device)
 
-    def samples(self, model: VideoDiT) -> Tensor:
-        """(num_samples, F, 3, H, W): clips from the noise that all rows share."""
+    def samples(self, model: VideoDiT, num_clips: int | None = None) -> Tensor:
+        """(num_samples or the first num_clips, F, 3, H, W): clips from the noise that all rows share."""
         frames, height, width = self.preset.model.clip
         made = []
-        for i, label in enumerate(self.labels.split(16)):
-            noise = noise_like(torch.empty(len(label), frames, 3, height, width, device=self.device), i)
+        for i, label in enumerate(self.labels[:num_clips].split(SAMPLED_TOGETHER)):
+            # Made on the host and for a whole batch, so that a clip depends neither on the device nor on their number.
+            whole = noise_like(torch.empty(SAMPLED_TOGETHER, frames, 3, height, width), i)
+            noise = whole[: len(label)].to(self.device)
             with autocast(self.device):
                 made.append(sample(model, noise, label, self.preset.sampler_steps, self.preset.shift))
         return torch.cat(made)

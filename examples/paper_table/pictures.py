@@ -13,22 +13,25 @@ SHOWN_ROWS = {
     "sla2-pooled-row-97-qat-s0": "SLA2, 97 %, low bit, pooled tail",
     "sla-97-s0": "SLA, 97 %",
     "sparse-97-s0": "sparse only, 97 %",
+    "sla2-pooled-row-90-untrained-s0": "SLA2 default, 90 %, not trained",
+    "sla2-pooled-row-95-untrained-s0": "SLA2 default, 95 %, not trained",
     "sla2-pooled-row-97-untrained-s0": "SLA2 default, 97 %, not trained",
     "sparse-97-untrained-s0": "sparse only, 97 %, not trained",
 }
 
 
-def draw_frames(folder: Path, results: dict[str, dict[str, Any]], docs: Path) -> str | None:
+def draw_frames(folder: Path, docs: Path) -> str | None:
     """Frames of the shown rows, from the same noise; the picture's name, or None where there is nothing to show."""
     from matplotlib.figure import Figure
     from matplotlib.image import imread
 
-    names = [name for name in SHOWN_ROWS if name in results and (folder / f"{name}.png").exists()]
+    names = [name for name in SHOWN_ROWS if (folder / f"{name}.png").exists()]
     if not names:
         return None
     columns = 2
     rows = -(-len(names) // columns)
-    figure = Figure(figsize=(9, 3.6 * rows), dpi=110, layout="constrained")
+    # About a pixel for each of a frame's.
+    figure = Figure(figsize=(9, 3.6 * rows), dpi=90, layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()

@@ -37,7 +37,7 @@ def write_report(preset: Preset, storage: Storage, docs: Path) -> str:
     """Write `paper_table.md` and its pictures; a line that says so."""
     docs.mkdir(parents=True, exist_ok=True)
     results = storage.all_results()
-    drawn = [draw_frames(storage.results, results, docs), draw_curves(results, docs)]
+    drawn = [draw_frames(storage.results, docs), draw_curves(results, docs)]
     path = docs / "paper_table.md"
     path.write_text(page(preset, storage, [name for name in drawn if name is not None]))
     return f"{path}: from {len(results)} results"
