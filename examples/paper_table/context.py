@@ -59,7 +59,7 @@ class Context:
     def teacher(self) -> VideoDiT:
         """The trained teacher, not compiled."""
         weights = self.storage.read_weights(self.last_stage)
-        if weights is None and self.preset is FULL and TEACHER.exists():
+        if weights is None and self.preset.name == FULL.name and TEACHER.exists():
             weights = read_teacher()
         if weights is None:
             raise FileNotFoundError(f"expected the teacher in {self.storage.work}; its last stage is not done")
