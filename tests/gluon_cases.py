@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 
+import pytest
 from kernel_cases import Case
 
 POOLED = Case(heads=1, kv_heads=1, q_len=256, kv_len=320, dim=64, block_q=128, block_k=64, learned=False, sparsity=0.6)
@@ -75,3 +77,12 @@ BACKWARD_CASES = {
     "long lists": dataclasses.replace(POOLED, q_len=48 * 128, kv_len=16 * 64, sparsity=0.94, popular=True),
     "int8 forward": dataclasses.replace(POOLED, qk_format="int8", key_offset=1.0, **RAGGED),
 }
+
+
+def by_dtype(cases: Mapping[str, Case], in_bfloat16: Sequence[str]) -> pytest.MarkDecorator:
+    """Parameters `names` and `dtype` of a test: these cases in bfloat16, all others in float16."""
+    in_float16 = [name for name in cases if name not in in_bfloat16]
+    return pytest.mark.parametrize(
+        "names, dtype",
+        [pytest.param(in_float16, "float16", id="float16"), pytest.param(in_bfloat16, "bfloat16", id="bfloat16")],
+    )

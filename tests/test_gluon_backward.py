@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from gluon_cases import BACKWARD_CASES
+from gluon_cases import BACKWARD_CASES, by_dtype
 from interpreter import interpret
-from test_triton_backward import INTERPRETER_FACTOR, allowed
+from test_triton_backward import INTERPRETER_FACTOR, allowed, needs_triton
 
 import sla2_compile
-
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
 # The interpreter rounds to bfloat16 towards zero, which shows where a linear tail's part is added.
 IN_BFLOAT16 = ["pooled row, learned, head dim 128", "exact ends"]
 
 
 @needs_triton
-@pytest.mark.parametrize(
-    "names, dtype",
-    [
-        pytest.param([name for name in BACKWARD_CASES if name not in IN_BFLOAT16], "float16", id="float16"),
-        pytest.param(IN_BFLOAT16, "bfloat16", id="bfloat16"),
-    ],
-)
+@by_dtype(BACKWARD_CASES, IN_BFLOAT16)
 def test_in_the_emulator_gradients_of_hopper_have_no_race_and_are_those_of_float64(
     names: list[str], dtype: str
 ) -> None:

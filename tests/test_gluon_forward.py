@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 
-import pytest
 import torch
-from gluon_cases import CASES
+from gluon_cases import CASES, by_dtype
 from interpreter import interpret
-from test_triton_forward import INTERPRETER_FACTOR, check
-
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+from test_triton_forward import INTERPRETER_FACTOR, check, needs_triton
 
 IN_BFLOAT16 = ["pooled, head dim 128, groups", "pooled, exact ends", "linear, head dim 128", "linear, qk fp8, pv fp8"]
 
 
 @needs_triton
-@pytest.mark.parametrize(
-    "names, dtype",
-    [
-        pytest.param([name for name in CASES if name not in IN_BFLOAT16], "float16", id="float16"),
-        pytest.param(IN_BFLOAT16, "bfloat16", id="bfloat16"),
-    ],
-)
+@by_dtype(CASES, IN_BFLOAT16)
 def test_in_the_emulator_the_forward_of_hopper_has_no_race_and_is_as_exact_as_plain_pytorch(
     names: list[str], dtype: str
 ) -> None:
