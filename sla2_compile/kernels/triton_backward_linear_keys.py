@@ -17,7 +17,14 @@ from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.launch_arguments import max_registers, padded_dim, token_strides
 from sla2_compile.kernels.settings import Settings
 from sla2_compile.kernels.triton_backward_feature_map import feature_map, feature_map_gradient
-from sla2_compile.kernels.triton_backward_loads import in_elements, is_real, load_tile, store_tile, token_of
+from sla2_compile.kernels.triton_backward_loads import (
+    heads_fastest,
+    in_elements,
+    is_real,
+    load_tile,
+    store_tile,
+    token_of,
+)
 
 
 @dataclass(frozen=True)
@@ -83,12 +90,11 @@ def _state_kernel(
     G, N_KV, T, T_PADDED, factor, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, KEYS: tl.constexpr,
     VALUES: tl.constexpr, MAP: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B G T, D / VALUES): h_j (D, VALUES) and, once, z_j below it, both times `factor`."""
+    """Grid (B T G, D / VALUES): h_j (D, VALUES) and, once, z_j below it, both times `factor`."""
     k_sb, k_sh, k_sn = in_elements((k_sb, k_sh, k_sn), UNIT)
     v_sb, v_sh, v_sn = in_elements((v_sb, v_sh, v_sn), UNIT)
-    row = tl.program_id(0).to(tl.int64)
-    kv_head, j = row // T, (row % T).to(tl.int32)
-    b, g = kv_head // G, kv_head % G
+    b, g, j = heads_fastest(tl.program_id(0).to(tl.int64), G, T)
+    kv_head = b * G + g
     if real_ptr is not None:
         real_ptr += b * real_sb
     d, e = tl.arange(0, BLOCK_D), tl.program_id(1) * VALUES + tl.arange(0, VALUES)
@@ -119,12 +125,12 @@ def _gradient_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr,
     MAP: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B G T,): dk, dv and the sum of dk over the block; dh, dz come divided by `factor`."""
+    """Grid (B T G,): dk, dv and the sum of dk over the block; dh, dz come divided by `factor`."""
     k_sb, k_sh, k_sn = in_elements((k_sb, k_sh, k_sn), UNIT)
     v_sb, v_sh, v_sn = in_elements((v_sb, v_sh, v_sn), UNIT)
-    row = tl.program_id(0).to(tl.int64)
-    kv_head, j = row // T, (row % T).to(tl.int32)
-    b, g = kv_head // G, kv_head % G
+    b, g, j = heads_fastest(tl.program_id(0).to(tl.int64), G, T)
+    kv_head = b * G + g
+    row = kv_head * T + j
     if real_ptr is not None:
         real_ptr += b * real_sb
     d, e = tl.arange(0, BLOCK_D), tl.arange(0, VALUES)

@@ -22,7 +22,7 @@ from sla2_compile.kernels.launch_arguments import token_strides
 from sla2_compile.kernels.settings import Settings
 from sla2_compile.kernels.triton_backward_feature_map import feature_map, feature_map_gradient, to_finite
 from sla2_compile.kernels.triton_backward_linear_keys import LinearConfig, linear_constants
-from sla2_compile.kernels.triton_backward_loads import in_elements, load_tile, store_tile, token_of
+from sla2_compile.kernels.triton_backward_loads import heads_fastest, in_elements, load_tile, store_tile, token_of
 from sla2_compile.kernels.triton_backward_rows import Rows
 
 
@@ -43,13 +43,13 @@ def _query_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, ROWS: tl.constexpr, VALUES: tl.constexpr,
     MAP: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B H M BLOCK_Q / ROWS,): dq."""
+    """Grid (B M H BLOCK_Q / ROWS,): dq."""
     q_sb, q_sh, q_sn = in_elements((q_sb, q_sh, q_sn), UNIT)
     grad_sb, grad_sh, grad_sn = in_elements((grad_sb, grad_sh, grad_sn), UNIT)
     PARTS: tl.constexpr = BLOCK_Q // ROWS
-    row = (tl.program_id(0) // PARTS).to(tl.int64)
-    head, m = row // M, (row % M).to(tl.int32)
-    b, h = head // H, head % H
+    b, h, m = heads_fastest((tl.program_id(0) // PARTS).to(tl.int64), H, M)
+    head = b * H + h
+    row = head * M + m
     position = m * BLOCK_Q + tl.program_id(0) % PARTS * ROWS + tl.arange(0, ROWS)
     exists = position < N
     token = token_of(order_ptr, position, N)
@@ -80,12 +80,12 @@ def _state_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, ROWS: tl.constexpr, VALUES: tl.constexpr,
     MAP: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B H M, D / VALUES): dH (D, VALUES) and, once, dZ."""
+    """Grid (B M H, D / VALUES): dH (D, VALUES) and, once, dZ."""
     q_sb, q_sh, q_sn = in_elements((q_sb, q_sh, q_sn), UNIT)
     grad_sb, grad_sh, grad_sn = in_elements((grad_sb, grad_sh, grad_sn), UNIT)
-    row = tl.program_id(0).to(tl.int64)
-    head, m = row // M, (row % M).to(tl.int32)
-    b, h = head // H, head % H
+    b, h, m = heads_fastest(tl.program_id(0).to(tl.int64), H, M)
+    head = b * H + h
+    row = head * M + m
     d, e = tl.arange(0, BLOCK_D), tl.program_id(1) * VALUES + tl.arange(0, VALUES)
     dh = tl.zeros([BLOCK_D, VALUES], tl.float32)
     dz = tl.zeros([BLOCK_D], tl.float32)

@@ -26,6 +26,12 @@ def in_elements(strides, UNIT: tl.constexpr):
 
 
 @triton.jit
+def heads_fastest(index, num_heads, num_blocks):
+    """(batch element, head, block) number `index`, int64, int64 and int32: heads vary fastest, as they do in memory."""
+    return index // (num_blocks * num_heads), index % num_heads, (index // num_heads % num_blocks).to(tl.int32)
+
+
+@triton.jit
 def query_block(index, num_heads, M, first_exact, last_exact):
     """(head, query block) number `index`, int64 and int32; what keeps every key block comes first: it takes longest.
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from sla2_compile.kernels.launch_arguments import MAX_REGISTERS, padded_dim, token_strides
 from sla2_compile.kernels.settings import Settings
-from sla2_compile.kernels.triton_backward_loads import in_elements, load_tile, token_of
+from sla2_compile.kernels.triton_backward_loads import heads_fastest, in_elements, load_tile, token_of
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 FIELDS = (
@@ -58,14 +58,14 @@ def _rows_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, TILE: tl.constexpr, LINEAR: tl.constexpr,
     CAP: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B H M,). logit_ptr, gain_ptr, k_mean_ptr, num_nonempty_ptr and order_ptr may be None."""
+    """Grid (B M H,). logit_ptr, gain_ptr, k_mean_ptr, num_nonempty_ptr and order_ptr may be None."""
     grad_sb, grad_sh, grad_sn = in_elements((grad_sb, grad_sh, grad_sn), UNIT)
     q_sb, q_sh, q_sn = in_elements((q_sb, q_sh, q_sn), UNIT)
     out_sb, out_sh, out_sn = in_elements((out_sb, out_sh, out_sn), UNIT)
     sparse_out_sb, sparse_out_sh, sparse_out_sn = in_elements((sparse_out_sb, sparse_out_sh, sparse_out_sn), UNIT)
-    row = tl.program_id(0).to(tl.int64)
-    head, m = row // M, (row % M).to(tl.int32)
-    b, h = head // H, head % H
+    b, h, m = heads_fastest(tl.program_id(0).to(tl.int64), H, M)
+    head = b * H + h
+    row = head * M + m
     grad_ptr += b * grad_sb + h * grad_sh
     q_ptr += b * q_sb + h * q_sh
     out_ptr += b * out_sb + h * out_sh

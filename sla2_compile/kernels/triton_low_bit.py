@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sla2_compile.kernels.launch_arguments import MAX_REGISTERS, padded_dim, token_strides
 from sla2_compile.kernels.settings import Settings
-from sla2_compile.kernels.triton_backward_loads import in_elements, is_real, load_tile, token_of
+from sla2_compile.kernels.triton_backward_loads import heads_fastest, in_elements, is_real, load_tile, token_of
 from sla2_compile.kernels.triton_statistics import Statistics
 from sla2_compile.quant.formats import FP8_MAX, INT8_MAX
 
@@ -76,6 +76,20 @@ def in_stored_order(probs, ROWS: tl.constexpr, KEYS: tl.constexpr):
 
 
 @triton.jit
+def _smoothed_keys(ptr, real_ptr, order_ptr, center, position, N_KV, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(R, BLOCK_D) float32 keys at visited positions (R,) of one head without their center; 0 where one is not real."""
+    token = token_of(order_ptr, position, N_KV)
+    real = is_real(real_ptr, token, position, N_KV)
+    k = load_tile(ptr, token, real, stride, D, BLOCK_D).to(tl.float32) - center[None, :]
+    return tl.where(real[:, None], k, 0.0)
+
+
+@triton.jit
+def _scale_of(largest, LIMIT: tl.constexpr):
+    return tl.where(largest > 0, tl.div_rn(largest, LIMIT), 1.0)
+
+
+@triton.jit
 def _codes_kernel(
     k_ptr, v_ptr, real_ptr, order_ptr, center_ptr, v_scale_ptr, k_codes_ptr, k_scale_ptr, v_codes_ptr,
     k_sb, k_sh, k_sn, v_sb, v_sh, v_sn, real_sb, G, N_KV, T, num_k,
@@ -91,7 +105,7 @@ def _codes_kernel(
     pid = tl.program_id(0).to(tl.int64)
     is_value = pid >= num_k
     pid = tl.where(is_value, pid - num_k, pid)
-    b, block, g = pid // (T * G), (pid // G % T).to(tl.int32), pid % G
+    b, g, block = heads_fastest(pid, G, T)
     kv_head = b * G + g
     row = kv_head * T + block
     if real_ptr is not None:
@@ -101,24 +115,27 @@ def _codes_kernel(
         if k_codes_ptr is not None:
             k_ptr += b * k_sb + g * k_sh
             center = tl.load(center_ptr + kv_head * D + d, mask=d < D, other=0.0)
-            largest = tl.zeros([], tl.float32)
-            for first in tl.range(0, BLOCK_K, ROWS, num_stages=1):
-                position = block * BLOCK_K + first + place
-                token = token_of(order_ptr, position, N_KV)
-                real = is_real(real_ptr, token, position, N_KV)
-                k = load_tile(k_ptr, token, real, k_sn, D, BLOCK_D).to(tl.float32) - center[None, :]
-                k = tl.where(real[:, None], tl.abs(k), 0.0)
-                largest = tl.maximum(largest, tl.max(tl.max(k, 1), 0))
-            scale = tl.where(largest > 0, tl.div_rn(largest, LIMIT), 1.0)
+            k_codes_ptr += row * BLOCK_K * D
+            if ROWS == BLOCK_K:
+                # Read once: what the scale was found in is still in registers.
+                k = _smoothed_keys(k_ptr, real_ptr, order_ptr, center, block * BLOCK_K + place, N_KV, k_sn, D, BLOCK_D)
+                scale = _scale_of(tl.max(tl.max(tl.abs(k), 1), 0), LIMIT)
+                tl.store(
+                    k_codes_ptr + (place * D)[:, None] + d[None, :], to_codes(k, scale, FP8_KEYS), (d < D)[None, :]
+                )
+            else:
+                largest = tl.zeros([], tl.float32)
+                for first in tl.range(0, BLOCK_K, ROWS, num_stages=1):
+                    position = block * BLOCK_K + first + place
+                    k = _smoothed_keys(k_ptr, real_ptr, order_ptr, center, position, N_KV, k_sn, D, BLOCK_D)
+                    largest = tl.maximum(largest, tl.max(tl.max(tl.abs(k), 1), 0))
+                scale = _scale_of(largest, LIMIT)
+                for first in tl.range(0, BLOCK_K, ROWS, num_stages=1):
+                    position = block * BLOCK_K + first + place
+                    k = _smoothed_keys(k_ptr, real_ptr, order_ptr, center, position, N_KV, k_sn, D, BLOCK_D)
+                    ptrs = k_codes_ptr + ((first + place) * D)[:, None] + d[None, :]
+                    tl.store(ptrs, to_codes(k, scale, FP8_KEYS), (d < D)[None, :])
             tl.store(k_scale_ptr + row, scale)
-            for first in tl.range(0, BLOCK_K, ROWS, num_stages=1):
-                position = block * BLOCK_K + first + place
-                token = token_of(order_ptr, position, N_KV)
-                real = is_real(real_ptr, token, position, N_KV)
-                k = load_tile(k_ptr, token, real, k_sn, D, BLOCK_D).to(tl.float32) - center[None, :]
-                code = to_codes(tl.where(real[:, None], k, 0.0), scale, FP8_KEYS)
-                ptrs = k_codes_ptr + row * BLOCK_K * D + ((first + place) * D)[:, None] + d[None, :]
-                tl.store(ptrs, code, mask=(d < D)[None, :])
     else:
         if v_codes_ptr is not None:
             v_ptr += b * v_sb + g * v_sh

@@ -19,7 +19,7 @@ from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.hardware import capability
 from sla2_compile.kernels.launch_arguments import MAX_REGISTERS, padded_dim, token_strides
 from sla2_compile.kernels.settings import Settings
-from sla2_compile.kernels.triton_backward_loads import in_elements, is_real, load_tile, token_of
+from sla2_compile.kernels.triton_backward_loads import heads_fastest, in_elements, is_real, load_tile, token_of
 from sla2_compile.quant.formats import FP8_MAX, INT8_MAX
 
 
@@ -73,7 +73,7 @@ def _statistics_kernel(
     d = tl.arange(0, BLOCK_D)
     peak = tl.zeros([BLOCK_D], tl.float32)
     if pid < num_q:
-        b, block, h = pid // (M * H), (pid // H % M).to(tl.int32), pid % H
+        b, h, block = heads_fastest(pid, H, M)
         row = (b * H + h) * M + block
         if q_ptr is not None:
             total, n, peak = _block_sums(
@@ -88,7 +88,7 @@ def _statistics_kernel(
         pid -= num_q
         is_value = pid >= num_k
         pid = tl.where(is_value, pid - num_k, pid)
-        b, block, g = pid // (T * G), (pid // G % T).to(tl.int32), pid % G
+        b, g, block = heads_fastest(pid, G, T)
         row = (b * G + g) * T + block
         if real_ptr is not None:
             real_ptr += b * real_sb
