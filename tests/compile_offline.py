@@ -59,6 +59,7 @@ DIVIDE_REGISTERS = (
     "gluon_attention.attention_kernel",
     "gluon_backward_keys.keys_kernel",
     "gluon_backward_queries.queries_kernel",
+    "gluon_backward_tail.tail_kernel",
 )
 
 

@@ -19,7 +19,7 @@ from examples.paper_table.storage import Storage
 from examples.video_dit.compiling import compile_blocks
 from examples.video_dit.flow import held_out_loss
 
-SIZES = ((128, 64), (128, 32), (64, 64), (64, 32), (64, 16))
+SIZES = ((64, 64), (64, 16), (32, 32), (32, 16), (16, 16))
 ROW = Row("sla2", 0.97, trained=False)
 NUM_CLIPS = 8
 

@@ -11,6 +11,7 @@ from sla2_compile.kernels.gluon_tiles import phase_of, slot_of
 from sla2_compile.kernels.triton_backward_rows import FIELDS
 
 CAP_FIELD = gl.constexpr(FIELDS.index("sparse_cap"))
+TAIL_FIELD = gl.constexpr(FIELDS.index("tail_lse"))
 
 
 @gluon.jit
@@ -76,6 +77,30 @@ def fetch_for_queries(
 
 
 @gluon.jit
+def _fetch_rows(
+    q_tiles, grad_tiles, rows_tiles, q_smem, grad_smem, rows_smem, cap_smem, full, empty, q_rows, q_head_rows,
+    q_columns, grad_rows, grad_head_rows, grad_columns, b, h, row, head_row, step, field: gl.constexpr,
+    CAP: gl.constexpr,
+):  # fmt: skip
+    """64 rows of q and dO, from `row` of a head on, and two of their statistics, from `field` on; with CAP their caps.
+
+    The head's statistics begin at `head_row`.
+    """
+    STAGES: gl.constexpr = q_smem.shape[0]
+    slot = slot_of(step, STAGES)
+    barrier = full.index(slot)
+    mbarrier.wait(empty.index(slot), phase_of(step, STAGES) ^ 1)
+    mbarrier.expect(barrier, 2 * q_tiles.block_type.nbytes + (2 if CAP else 1) * rows_tiles.block_type.nbytes)
+    q_place = [b * q_rows + h * q_head_rows + row, h * q_columns]
+    tma.async_copy_global_to_shared(q_tiles, q_place, barrier, q_smem.index(slot))
+    grad_place = [b * grad_rows + h * grad_head_rows + row, h * grad_columns]
+    tma.async_copy_global_to_shared(grad_tiles, grad_place, barrier, grad_smem.index(slot))
+    tma.async_copy_global_to_shared(rows_tiles, [field, head_row + row], barrier, rows_smem.index(slot))
+    if CAP:
+        tma.async_copy_global_to_shared(rows_tiles, [CAP_FIELD, head_row + row], barrier, cap_smem.index(slot))
+
+
+@gluon.jit
 def fetch_for_keys(
     q_tiles, grad_tiles, k_tiles, v_tiles, rows_tiles, dk_tiles, dv_tiles, lists_ptr, q_smem, grad_smem, k_smem,
     v_smem, rows_smem, cap_smem, k_full, full, empty, q_rows, q_head_rows, q_columns, grad_rows, grad_head_rows,
@@ -87,7 +112,6 @@ def fetch_for_keys(
 
     With ACCUMULATE, what dk and dv hold comes as one more step.
     """
-    STAGES: gl.constexpr = q_smem.shape[0]
     G = H // GROUP
     b, g = kv_head // G, kv_head % G
     lists_ptr += kv_head.to(gl.int64) * capacity + first
@@ -97,23 +121,37 @@ def fetch_for_keys(
         tma.async_copy_global_to_shared(k_tiles, [b * k_rows + g * k_head_rows + j * 64, g * k_columns], k_full, k_smem)
         tma.async_copy_global_to_shared(v_tiles, [b * v_rows + g * v_head_rows + j * 64, g * v_columns], k_full, v_smem)
         for step in range(num_steps):
-            slot, half = slot_of(step, STAGES), step % 2
             h, m = g * GROUP + entry // M, entry % M
-            barrier = full.index(slot)
-            mbarrier.wait(empty.index(slot), phase_of(step, STAGES) ^ 1)
-            mbarrier.expect(barrier, 2 * q_tiles.block_type.nbytes + (2 if CAP else 1) * rows_tiles.block_type.nbytes)
-            first_row = m * 128 + half * 64
-            q_place = [b * q_rows + h * q_head_rows + first_row, h * q_columns]
-            tma.async_copy_global_to_shared(q_tiles, q_place, barrier, q_smem.index(slot))
-            grad_place = [b * grad_rows + h * grad_head_rows + first_row, h * grad_columns]
-            tma.async_copy_global_to_shared(grad_tiles, grad_place, barrier, grad_smem.index(slot))
-            row = (b * H + h) * M * 128 + first_row
-            tma.async_copy_global_to_shared(rows_tiles, [0, row], barrier, rows_smem.index(slot))
-            if CAP:
-                tma.async_copy_global_to_shared(rows_tiles, [CAP_FIELD, row], barrier, cap_smem.index(slot))
+            _fetch_rows(
+                q_tiles, grad_tiles, rows_tiles, q_smem, grad_smem, rows_smem, cap_smem, full, empty, q_rows,
+                q_head_rows, q_columns, grad_rows, grad_head_rows, grad_columns, b, h, m * 128 + step % 2 * 64,
+                (b * H + h) * M * 128, step, 0, CAP,
+            )  # fmt: skip
             ahead = (step + 1) // 2
             entry = gl.load(lists_ptr + ahead, mask=2 * ahead < num_steps, other=0)
         if ACCUMULATE:
             for _ in range((is_part == 0).to(gl.int32)):
                 row, column = b * dk_rows + g * dk_head_rows + j * 64, g * dk_columns
                 _fetch_pair(dk_tiles, dv_tiles, row, column, row, column, q_smem, grad_smem, full, empty, num_steps)
+
+
+@gluon.jit
+def fetch_for_tail(
+    q_tiles, grad_tiles, k_bar_tiles, v_bar_tiles, rows_tiles, q_smem, grad_smem, k_smem, v_smem, rows_smem, k_full,
+    full, empty, q_rows, q_head_rows, q_columns, grad_rows, grad_head_rows, grad_columns, kv_head, j, first, num_steps,
+    H, M, T, GROUP: gl.constexpr,
+):  # fmt: skip
+    """For `gluon_backward_tail.py`: means from j on, then query blocks from the group's `first` on, half at a time."""
+    G = H // GROUP
+    b, g = kv_head // G, kv_head % G
+    mbarrier.expect(k_full, 2 * k_bar_tiles.block_type.nbytes)
+    tma.async_copy_global_to_shared(k_bar_tiles, [kv_head * T + j, 0], k_full, k_smem)
+    tma.async_copy_global_to_shared(v_bar_tiles, [kv_head * T + j, 0], k_full, v_smem)
+    for step in range(num_steps):
+        block = first + step // 2
+        h, m = g * GROUP + block // M, block % M
+        _fetch_rows(
+            q_tiles, grad_tiles, rows_tiles, q_smem, grad_smem, rows_smem, rows_smem, full, empty, q_rows, q_head_rows,
+            q_columns, grad_rows, grad_head_rows, grad_columns, b, h, m * 128 + step % 2 * 64,
+            (b * H + h) * M * 128, step, TAIL_FIELD, False,
+        )  # fmt: skip

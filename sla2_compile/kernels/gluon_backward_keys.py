@@ -19,14 +19,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
 )
 
 from sla2_compile.kernels.gluon_backward_fetch import fetch_for_keys
-from sla2_compile.kernels.gluon_stream import left_operand, out_layout, scores_layout
+from sla2_compile.kernels.gluon_backward_rows import add_rows
+from sla2_compile.kernels.gluon_stream import out_layout
 from sla2_compile.kernels.gluon_tiles import (
+    HALF_REGISTERS,
     channels,
+    half_stages,
     is_eligible,
     phase_of,
     slot_of,
@@ -42,14 +43,6 @@ from sla2_compile.kernels.triton_backward_rows import Rows
 from sla2_compile.kernels.triton_inverse_index import InverseIndex
 
 LOG2_E = gl.constexpr(1.4426950408889634)
-# Of a thread before the warps divide them: two programs share 65,536.
-REGISTERS = 128
-
-
-@gluon.jit
-def _statistic(rows_smem, field: gl.constexpr, layout: gl.constexpr):
-    """One of two of the rows' statistics, (1, 64) for a tile of scores."""
-    return rows_smem.slice(field, 1, dim=0).load(layout)
 
 
 @gluon.jit
@@ -82,7 +75,6 @@ def _consume(
     D: gl.constexpr = q_smem.shape[2]
     STAGES: gl.constexpr = q_smem.shape[0]
     dtype: gl.constexpr = q_smem.dtype
-    s_layout: gl.constexpr = scores_layout(2)
     o_layout: gl.constexpr = out_layout(D, 2)
     column_layout: gl.constexpr = gl.SliceLayout(0, o_layout)
     factor = scale * LOG2_E
@@ -103,21 +95,9 @@ def _consume(
         for step in range(num_steps):
             slot = slot_of(step, STAGES)
             q, grad, rows = q_smem.index(slot), grad_smem.index(slot), rows_smem.index(slot)
-            nothing = gl.zeros([64, 64], gl.float32, layout=s_layout)
             mbarrier.wait(full.index(slot), phase_of(step, STAGES))
-            score_token = warpgroup_mma(k_smem, q.permute((1, 0)), nothing, use_acc=False, is_async=True)
-            prob_token = warpgroup_mma(v_smem, grad.permute((1, 0)), nothing, use_acc=False, is_async=True)
-            scores = warpgroup_mma_wait(1, deps=[score_token]) * factor - _statistic(rows, 0, s_layout)
-            if CAP:
-                scores = gl.minimum(scores, _statistic(cap_smem.index(slot), 0, s_layout))
-            probs = gl.exp2(scores)
-            left = gl.convert_layout(probs.to(dtype), left_operand(o_layout, 2))
-            dv_token = warpgroup_mma(left, grad, dv, is_async=True)
-            d_probs = warpgroup_mma_wait(1, deps=[prob_token])
-            d_scores = probs * (d_probs - _statistic(rows, 1, s_layout))
-            left = gl.convert_layout(d_scores.to(dtype), left_operand(o_layout, 2))
-            dk_token = warpgroup_mma(left, q, dk, is_async=True)
-            dv, dk = warpgroup_mma_wait(0, deps=[dv_token, dk_token])
+            cap = cap_smem.index(slot) if CAP else None
+            dk, dv = add_rows(dk, dv, k_smem, v_smem, q, grad, rows, cap, None, factor, True)
             mbarrier.arrive(empty.index(slot), count=1)
         if is_part:
             _write_part(partial_ptr, dk, item, D)
@@ -238,7 +218,7 @@ def key_gradients(
         heads, kv_len, index.bits.shape[1], T, batch * key_heads, index.lists.shape[1], max_parts, index.part_length,
         splits, settings.scale,
         GROUP=heads // key_heads, CAP=cap, SPLITS=next_power_of_two(splits),
-        STAGES=2 if dim == 128 else 4, num_warps=4, maxnreg=REGISTERS,
+        STAGES=half_stages(dim), num_warps=4, maxnreg=HALF_REGISTERS,
     )  # fmt: skip
     add_parts(dk, dv, q, index, n, dk_bar, dv_bar, correction, real, order, partial, 32, settings)
     return True

@@ -70,11 +70,11 @@ def _consume(
     step = 0
     turn = 0
     total_blocks = num_heads * M
+    head, m = query_block(gl.program_id(0), num_heads, M, first_exact, last_exact)
+    count = gl.load(kept_ptr + (head.to(gl.int64) * M + m) * (1 + slots))
     for index in range(gl.program_id(0), total_blocks, gl.num_programs(0)):
-        head, m = query_block(index, num_heads, M, first_exact, last_exact)
         block = head.to(gl.int64) * M + m
         kept_row = kept_ptr + block * (1 + slots)
-        count = gl.load(kept_row)
         num_tiles = count
         if TAIL:
             num_tiles += gl.where(count == T, 0, (T + 63) // 64)
@@ -108,6 +108,13 @@ def _consume(
         if num_tiles > 1:
             mbarrier.wait(full.index(slot_of(step + 1, STAGES)), phase_of(step + 1, STAGES))
         for i in range(1, num_tiles):
+            first, low, high = 0, 0, 0
+            if TAIL:
+                # Read long before it is used.
+                first = gl.where(i >= count, (i - count) * 64, -1)
+                words_ptr = bits_ptr + block * words + first // 32
+                low = gl.load(words_ptr, mask=i >= count, other=0)
+                high = gl.load(words_ptr + 1, mask=(i >= count) & (first // 32 + 1 < words), other=0)
             score_token, prob_token = issue_scores(q, grad, k_smem, v_smem, step + 1)
             slot = slot_of(step, STAGES)
             left = gl.convert_layout(d_scores, left_operand(o_layout, 2))
@@ -121,8 +128,7 @@ def _consume(
                     lse, offset = gl.load(tail_lse_ptr + row) - MEAN_BIAS, gl.load(tail_offset_ptr + row)
                     cap = gl.full([64], float("inf"), gl.float32, layout=row_layout)
                 for _ in range(((i >= count) | (i == short)).to(gl.int32)):
-                    first = gl.where(i >= count, (i - count) * 64, -1)
-                    scores = mask(scores, first, bits_ptr + block * words, words, T, last_size, last_bias, RAGGED)
+                    scores = mask(scores, first, low, high, T, last_size, last_bias, RAGGED)
                     if not VALUES:
                         # A kept short key block, which comes here too, has values.
                         d_probs = d_probs * gl.where(first < 0, 1.0, 0.0)
@@ -139,6 +145,12 @@ def _consume(
             step += 1
         left = gl.convert_layout(d_scores, left_operand(o_layout, 2))
         token = warpgroup_mma(left, k_smem.index(slot_of(step, STAGES)), dq, is_async=True)
+        # The next block, while the last tile is multiplied.
+        next_head, next_m = query_block(index + gl.num_programs(0), num_heads, M, first_exact, last_exact)
+        next_count = gl.load(
+            kept_ptr + (next_head.to(gl.int64) * M + next_m) * (1 + slots),
+            mask=index + gl.num_programs(0) < total_blocks, other=1,
+        )  # fmt: skip
         b, h = head // H, head % H
         k_mean = 0.0
         if k_mean_ptr is not None:
@@ -160,6 +172,7 @@ def _consume(
             dq_tiles, dq_ptr, None, dq.to(dtype), place, b * dq_rows + h * dq_head_rows, h * dq_columns,
             m * 128 + part * 64, N, dq_sn,
         )  # fmt: skip
+        head, m, count = next_head, next_m, next_count
         turn += 1
     tma.store_wait(0)
 

@@ -43,15 +43,13 @@ def mask_short(scores, last_size):
 
 
 @gluon.jit
-def mask(scores, first, words_ptr, words, T, last_size, last_bias, RAGGED: gl.constexpr):
+def mask(scores, first, low, high, T, last_size, last_bias, RAGGED: gl.constexpr):
     """-inf for keys past the end, or for means from `first` on, not negative, of kept blocks and past the last.
 
-    A mean of the last, short block weighs less than others: `last_bias`.
+    low, high: words whose bits say which means are of kept blocks; 0 for keys.
+    last_bias: what a mean of the last, short block weighs less than others.
     """
     is_mean = first >= 0
-    word = first // 32
-    low = gl.load(words_ptr + word, mask=is_mean, other=0)
-    high = gl.load(words_ptr + word + 1, mask=is_mean & (word + 1 < words), other=0)
     limit = gl.where(is_mean, T - first, last_size)
     low, high = low | _past(limit), high | _past(gl.maximum(limit - 32, 0))
     scores = gl.where(_has_bit(low, high)[None, :], float("-inf"), scores)

@@ -17,6 +17,8 @@ from sla2_compile.kernels.tensor_rows import matrix_shape, matrix_steps
 from sla2_compile.kernels.triton_backward_rows import FIELDS, Rows
 
 BLOCK_Q, BLOCK_K = 128, 64
+# Of a thread before the warps of a program divide them, where two programs share a multiprocessor's 65,536.
+HALF_REGISTERS = 128
 ELEMENTS = {
     torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32, torch.int8: gl.int8,
     torch.float8_e4m3fn: gl.float8e4nv,
@@ -89,6 +91,11 @@ def suits_hopper(q: Tensor, settings: Settings) -> bool:
 def is_eligible(q: Tensor, real: Tensor | None, order: Tensor | None, kv_len: int, settings: Settings) -> bool:
     """Whether the backward's kernels for Hopper take such inputs, but for strides."""
     return suits_hopper(q, settings) and real is None and order is None and kv_len > 1
+
+
+def half_stages(dim: int) -> int:
+    """Slots of rings of two tensors' tiles, of programs that take half of the shared memory and hold two tiles more."""
+    return 2 if dim == 128 else 4
 
 
 def token_tiles(x: Tensor) -> TensorDescriptor | None:

@@ -18,7 +18,7 @@ import math
 import torch
 from torch import Tensor
 
-from sla2_compile.kernels import blocked_backward, gluon_backward_keys, gluon_backward_queries
+from sla2_compile.kernels import blocked_backward, gluon_backward_keys, gluon_backward_queries, gluon_backward_tail
 from sla2_compile.kernels.hardware import shared_memory
 from sla2_compile.kernels.settings import Settings, empty_output, row_gain
 from sla2_compile.kernels.triton_backward_keys import key_gradients, keys_config
@@ -101,8 +101,10 @@ def backward(
             config = linear_config(*hardware)
             correction = _linear_tail(dq, dk, dv, grad_out, q, k, v, real, order, means, rows, index, settings, config)
         if has_tail and (pooled or settings.mixing == "row"):
-            tail = tail_config(*hardware, gathers=order is not None)
-            dk_bar, dv_bar = tail_gradient(grad_out, q, index.bits, means, rows, order, settings, tail)
+            of_tail = (grad_out, q, index.bits, means, rows)
+            found = gluon_backward_tail.tail_gradient(*of_tail, real, order, k.shape[2], settings)
+            config_of_tail = tail_config(*hardware, gathers=order is not None)
+            dk_bar, dv_bar = found or tail_gradient(*of_tail, order, settings, config_of_tail)
         of_queries = (dq, grad_out, q, k, v, kept, index.bits, means, rows, real, order, settings)
         if not gluon_backward_queries.query_gradient(*of_queries):
             query_gradient(*of_queries, queries_config(*hardware))

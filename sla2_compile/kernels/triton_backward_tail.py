@@ -111,6 +111,13 @@ def _tail_kernel(
         tl.store(dv_bar_ptr + target + store_rows, dv_bar, mask=mask)
 
 
+def split_steps(steps: int, programs: int) -> tuple[int, int]:
+    """Into how many splits of how many steps to divide the rows, where so many programs see all of them."""
+    splits = min(MAX_SPLITS, steps, num_blocks(TARGET_PROGRAMS, programs))
+    steps_per_split = num_blocks(steps, splits)
+    return num_blocks(steps, steps_per_split), steps_per_split
+
+
 def tail_gradient(
     grad_out: Tensor,
     q: Tensor,
@@ -129,9 +136,7 @@ def tail_gradient(
     blocks, group, values = bits.shape[1], heads // means.k_bar.shape[1], settings.tail == "pooled"
     row_size = min(config.rows, settings.block_q)
     steps, tiles = group * blocks * (settings.block_q // row_size), num_blocks(T, config.means)
-    splits = min(MAX_SPLITS, steps, num_blocks(TARGET_PROGRAMS, tiles * batch * key_heads))
-    steps_per_split = num_blocks(steps, splits)
-    splits = num_blocks(steps, steps_per_split)
+    splits, steps_per_split = split_steps(steps, tiles * batch * key_heads)
     unit, strides = token_strides(q, grad_out)
     dk_bar = q.new_empty(splits, batch, key_heads, T, dim, dtype=torch.float32)
     dv_bar = torch.empty_like(dk_bar) if values else None

@@ -93,12 +93,13 @@ def _scale_of(largest, LIMIT: tl.constexpr):
 def _codes_kernel(
     k_ptr, v_ptr, real_ptr, order_ptr, center_ptr, v_scale_ptr, k_codes_ptr, k_scale_ptr, v_codes_ptr,
     k_sb, k_sh, k_sn, v_sb, v_sh, v_sn, real_sb, G, N_KV, T, num_k,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, FP8_KEYS: tl.constexpr,
-    LIMIT: tl.constexpr, UNIT: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, VALUE_ROWS: tl.constexpr,
+    FP8_KEYS: tl.constexpr, LIMIT: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Grid (num_k + num_v,): blocks of k, then of v; heads vary fastest, as they do in memory.
 
-    k_codes_ptr or v_codes_ptr may be None, and what belongs to it. LIMIT: the largest code of a key.
+    k_codes_ptr or v_codes_ptr may be None, and what belongs to it. ROWS, VALUE_ROWS: keys and values of a step. LIMIT:
+    the largest code of a key.
     """
     k_sb, k_sh, k_sn = in_elements((k_sb, k_sh, k_sn), UNIT)
     v_sb, v_sh, v_sn = in_elements((v_sb, v_sh, v_sn), UNIT)
@@ -110,12 +111,13 @@ def _codes_kernel(
     row = kv_head * T + block
     if real_ptr is not None:
         real_ptr += b * real_sb
-    d, place = tl.arange(0, BLOCK_D), tl.arange(0, ROWS)
+    d = tl.arange(0, BLOCK_D)
     if not is_value:
         if k_codes_ptr is not None:
             k_ptr += b * k_sb + g * k_sh
             center = tl.load(center_ptr + kv_head * D + d, mask=d < D, other=0.0)
             k_codes_ptr += row * BLOCK_K * D
+            place = tl.arange(0, ROWS)
             if ROWS == BLOCK_K:
                 # Read once: what the scale was found in is still in registers.
                 k = _smoothed_keys(k_ptr, real_ptr, order_ptr, center, block * BLOCK_K + place, N_KV, k_sn, D, BLOCK_D)
@@ -140,13 +142,14 @@ def _codes_kernel(
         if v_codes_ptr is not None:
             v_ptr += b * v_sb + g * v_sh
             v_scale = tl.load(v_scale_ptr + kv_head * D + d, mask=d < D, other=1.0)
-            for first in tl.range(0, BLOCK_K, ROWS, num_stages=1):
-                position = block * BLOCK_K + first + stored_key(place)
+            value_place = tl.arange(0, VALUE_ROWS)
+            for first in tl.range(0, BLOCK_K, VALUE_ROWS, num_stages=1):
+                position = block * BLOCK_K + first + stored_key(value_place)
                 token = token_of(order_ptr, position, N_KV)
                 real = is_real(real_ptr, token, position, N_KV)
                 v = load_tile(v_ptr, token, real, v_sn, D, BLOCK_D).to(tl.float32)
                 code = to_codes(v, v_scale[None, :], True)
-                ptrs = v_codes_ptr + row * D * BLOCK_K + (d * BLOCK_K)[:, None] + (first + place)[None, :]
+                ptrs = v_codes_ptr + row * D * BLOCK_K + (d * BLOCK_K)[:, None] + (first + value_place)[None, :]
                 tl.store(ptrs, tl.trans(code), mask=(d < D)[:, None])
 
 
@@ -169,6 +172,7 @@ def low_bit_codes(
             k, v, real, order, statistics.center, statistics.v_scale, k_codes, k_scale, v_codes, *strides,
             0 if real is None else real.stride(0), heads, k.shape[2], T, num_k,
             D=dim, BLOCK_D=block_d, BLOCK_K=settings.block_k, ROWS=min(settings.block_k, max(16, 8192 // block_d)),
-            FP8_KEYS=fp8_keys, LIMIT=FP8_MAX if fp8_keys else INT8_MAX, UNIT=unit, num_warps=4, maxnreg=MAX_REGISTERS,
+            VALUE_ROWS=min(settings.block_k, max(16, 4096 // block_d)), FP8_KEYS=fp8_keys,
+            LIMIT=FP8_MAX if fp8_keys else INT8_MAX, UNIT=unit, num_warps=4, maxnreg=MAX_REGISTERS,
         )  # fmt: skip
     return Codes(statistics.q_scale, k_codes, k_scale, v_codes, statistics.v_scale)
