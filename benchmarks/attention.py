@@ -130,11 +130,16 @@ def measure_forward(run: Run, function: Function, input_sets: InputSets, work: W
             row |= {"extra_bytes": extra_bytes, "extra_over_qkv": extra_bytes / qkv_bytes}
         row["kernels_ms"] = measure_kernels(function, input_sets)
         row["stages_ms"] = group(row["kernels_ms"], FORWARD)
-        try:
-            row["replay_ms"] = measure_replay(function, input_sets, timing.num_runs)
-        except Exception as error:
-            row["replay_not_run"] = short_error(error)
+        row |= try_replay(function, input_sets, timing.num_runs)
     return row
+
+
+def try_replay(function: Function, input_sets: InputSets, num_runs: int) -> dict[str, Any]:
+    """The time as a CUDA graph, or why there is none."""
+    try:
+        return {"replay_ms": measure_replay(function, input_sets, num_runs)}
+    except Exception as error:
+        return {"replay_not_run": short_error(error)}
 
 
 def measure_time(run: Run, function: Function, input_sets: InputSets, work: Work) -> dict[str, Any]:
@@ -166,7 +171,7 @@ def measure_training(
 
         row["kernels_ms"] = measure_kernels(backward, outputs, num_runs=3)
         row["stages_ms"] = group(row["kernels_ms"], BACKWARD)
-    return row
+    return row | try_replay(step, input_sets, timing.num_runs)
 
 
 def figures(run: Run, timing: dict[str, Any], *works: Work) -> dict[str, Any]:

@@ -297,6 +297,8 @@ ASSEMBLY: dict[str, Callable[..., Tensor]] = {
     "cvt.rn.satfinite.e4m3x2.f32": lambda x: x.clamp(-448, 448).to(torch.float8_e4m3fn),
     "cvt.rn.bf16x2.f32": lambda x: x.to(torch.bfloat16),
     "cvt.rn.f16x2.f32": lambda x: x.to(torch.float16),
+    # Warps for whose rows all factors are 1 leave it out.
+    "vote.sync.any.pred any, apart": torch.mul,
     # The last byte of a float32.
     "prmt.b32 low, $1, $2, 0x0040": lambda x: x.view(torch.int32).bitwise_and(255).to(torch.uint8).view(torch.int8),
 }

@@ -17,6 +17,8 @@ RAGGED = {"q_len": 170, "kv_len": 333}
 CASES = {
     "pooled": POOLED,
     "pooled, head dim 128, groups": dataclasses.replace(POOLED, dim=128, heads=2, **RAGGED),
+    "pooled, large scores": dataclasses.replace(POOLED, magnitude=2.5, sparsity=0.2, **RAGGED),
+    "linear, large scores, head dim 128": dataclasses.replace(PAPERS, magnitude=4.0, sparsity=0.2, dim=128, **RAGGED),
     "pooled, batch": dataclasses.replace(POOLED, batch=2, q_len=130, kv_len=200),
     "pooled, exact ends": dataclasses.replace(POOLED, q_len=400, kv_len=400, exact_prefix=70, exact_suffix=10),
     "pooled, more keys": dataclasses.replace(POOLED, q_len=64, kv_len=64 * 70 + 5, sparsity=0.97),

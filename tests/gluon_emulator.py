@@ -91,6 +91,9 @@ class Program:
         }
         self._emulated = {id(gl): _Namespace(gl, functions), id(hopper): _Namespace(hopper, hopper_functions)}
         self._emulated[id(ampere.async_copy)] = _Namespace(ampere.async_copy, row_copies)
+        for name in ("barrier", "thread_barrier"):
+            if hasattr(gl, name):
+                self._emulated[id(getattr(gl, name))] = functions[name]
         for name, emulated in hopper_functions.items():
             self._emulated[id(getattr(hopper, name))] = emulated
         self._builtins = {"range": _range, "min": functions["minimum"], "max": functions["maximum"]}

@@ -58,15 +58,15 @@ class Preset:
 
 
 # 4,608 tokens in 288 key blocks of 16, of which 97 % leaves 9, 95 % leaves 14 and 90 % leaves 29: about as many as the
-# paper's blocks of 64 leave of 32,760 tokens. With blocks of 64 there would be 72 of them and 2 left, and untrained SLA2
-# at 97 % loses three times as much (`block_sizes.py`). The model has 21 M parameters, 42 MB in bfloat16. A clip costs 0.18 TFLOP forward in its linear
-# layers and 0.30 in dense attention, so 1.6 forward and backward, and a step of 8 clips 12.8: 42 ms on an H200 with
-# AdamW. 6,000 such steps on clips of full variety gave samples with the colours and textures of their photographs and
-# nothing one would recognise; hence fewer kinds of windows, more steps, and Muon, with which a small model needed two
-# thirds of the steps. Stage 1 took 25 to 40 s a form there. A sparse row's step has 4.3 TFLOP of linear layers, 17 ms
-# at 250 TFLOP/s, and its attention waits for the host, some 30 ms for eight calls forward and backward; 300 of them
-# should take 15 s. To sample is 96 clips times 23 evaluations, 2 to 4 s, and compiling a row 5 s, or 1 where a
-# rehearsal has left its code in the caches.
+# paper's blocks of 64 leave of 32,760 tokens. With blocks of 64 there would be 72 of them and 2 left, and untrained
+# SLA2 at 97 % loses three times as much (`block_sizes.py`). The model has 21 M parameters, 42 MB in bfloat16. A clip
+# costs 0.18 TFLOP forward in its linear layers and 0.30 in dense attention, so 1.6 forward and backward, and a step of
+# 8 clips 12.8: 42 ms on an H200 with AdamW. 6,000 such steps on clips of full variety gave samples with the colours and
+# textures of their photographs and nothing one would recognise; hence fewer kinds of windows, more steps, and Muon,
+# with which a small model needed two thirds of the steps. Stage 1 took 25 to 40 s a form there. A sparse row's step has
+# 4.3 TFLOP of linear layers, 17 ms at 250 TFLOP/s, and its attention waits for the host, some 30 ms for eight calls
+# forward and backward; 300 of them should take 15 s. To sample is 96 clips times 23 evaluations, 2 to 4 s, and
+# compiling a row 5 s, or 1 where a rehearsal has left its code in the caches.
 FULL = Preset(
     name="full",
     model=ModelConfig((16, 96, 96), (2, 4, 4), width=448, num_heads=7, num_layers=8, num_labels=len(SOURCES)),

@@ -156,6 +156,8 @@ def consume(
         if JOINED:
             num_waits += num_means
         first_slot = slot
+        # -1, and a number of the same kind as those of slots.
+        no_slot = gl.minimum(slot, -1)
         weights, peak, held, total, slot, phase = begin(
             acc, peak, kept_q, k_smem, v_smem, scale_smem, full, slot, phase, count, num_waits, kept_factor, bias,
             kept_row + 1, T, last_size, 0.0, False, RAGGED,
@@ -163,15 +165,15 @@ def consume(
         if part == 0:
             if turn == 0:
                 mbarrier.arrive(head_start, count=1)
-        acc, weights, peak, held, total, last_slot, slot, phase = stream(
-            acc, weights, peak, held, total, kept_q, k_smem, v_smem, scale_smem, full, empty, first_slot, slot, phase,
-            1, count, num_waits, kept_factor, bias, kept_row + 1, T, last_size, 0.0, False, RAGGED, PROMOTE,
+        acc, weights, peak, held, total, used_slot, last_slot, slot, phase = stream(
+            acc, weights, peak, held, total, kept_q, k_smem, v_smem, scale_smem, full, empty, no_slot, first_slot, slot,
+            phase, 1, count, num_waits, kept_factor, bias, kept_row + 1, T, last_size, 0.0, False, RAGGED, PROMOTE,
         )  # fmt: skip
         if JOINED:
-            acc, weights, peak, held, total, last_slot, slot, phase = stream(
-                acc, weights, peak, held, total, q, k_smem, v_smem, scale_smem, full, empty, last_slot, slot, phase, 0,
-                num_means, num_means, factor, MEAN_BIAS, bits_ptr + block * words, T, last_size, last_bias, True,
-                RAGGED, False,
+            acc, weights, peak, held, total, used_slot, last_slot, slot, phase = stream(
+                acc, weights, peak, held, total, q, k_smem, v_smem, scale_smem, full, empty, used_slot, last_slot, slot,
+                phase, 0, num_means, num_means, factor, MEAN_BIAS, bits_ptr + block * words, T, last_size, last_bias,
+                True, RAGGED, False,
             )  # fmt: skip
         acc, token = issue_last(acc, weights, held, v_smem, last_slot, PROMOTE)
         total = row_totals(total, gl.SliceLayout(1, kept_layout))
@@ -204,7 +206,7 @@ def consume(
             kept_ptr + (next_head.to(gl.int64) * M + next_m) * (1 + slots),
             mask=index + gl.num_programs(0) < total_blocks, other=1,
         )  # fmt: skip
-        acc = finish(acc, token, held, empty, last_slot, PROMOTE)
+        acc = finish(acc, token, held, empty, used_slot, last_slot, PROMOTE)
         if FP8_VALUES:
             acc = acc * gl.convert_layout(v_scale * (1 / TOP_CODE), gl.SliceLayout(0, kept_layout))[None, :]
             total = total * (1 / TOP_CODE)
@@ -249,15 +251,15 @@ def consume(
                     acc, peak, q, k_bar_smem, v_bar_smem, scale_smem, full, slot, phase, num_means, num_means, factor,
                     MEAN_BIAS, bits_ptr + block * words, T, last_size, last_bias, True, RAGGED,
                 )  # fmt: skip
-                acc, mean_weights, mean_peak, mean_held, mean_total, last_slot, slot, phase = stream(
+                acc, mean_weights, mean_peak, mean_held, mean_total, used_slot, last_slot, slot, phase = stream(
                     acc, mean_weights, mean_peak, mean_held, mean_total, q, k_bar_smem, v_bar_smem, scale_smem, full,
-                    empty, first_slot, slot, phase, 1, num_means, num_means, factor, MEAN_BIAS,
+                    empty, no_slot, first_slot, slot, phase, 1, num_means, num_means, factor, MEAN_BIAS,
                     bits_ptr + block * words, T, last_size, last_bias, True, RAGGED, False,
                 )  # fmt: skip
                 acc, mean_token = issue_last(acc, mean_weights, mean_held, v_bar_smem, last_slot, False)
                 added = row_totals(mean_total, row_layout)
                 peak = gl.convert_layout(mean_peak, row_layout)
-                acc = finish(acc, mean_token, mean_held, empty, last_slot, False)
+                acc = finish(acc, mean_token, mean_held, empty, used_slot, last_slot, False)
                 total = kept_total * gl.exp2(before - peak) + added
                 if SAVE:
                     # A tail too small beside the kept keys for its sum to be above 0 is still no empty one.

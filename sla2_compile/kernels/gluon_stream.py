@@ -17,10 +17,14 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from sla2_compile.quant import formats
 
+# Of the warps of a group; Triton 3.6 calls it otherwise.
+group_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 ROWS = gl.constexpr(64)
 KEYS = gl.constexpr(64)
 # A mean stands for 64 keys: in base 2 its score is 6 higher.
 MEAN_BIAS = gl.constexpr(6.0)
+# Of weights in 16 bits. Sums of values are below 2^16 times as large as values, so float32 holds what float16 does.
+MAX_LOG2_WEIGHT = gl.constexpr(8.0)
 TOP_CODE = gl.constexpr(formats.TOP_CODE)
 LOG2_TOP_CODE = gl.constexpr(math.log2(formats.TOP_CODE))
 # 1.5 * 2^23, around which float32's numbers are the integers; added as bits it makes one of an integer below 2^22.
@@ -51,6 +55,12 @@ def next_slot(slot, phase, STAGES: gl.constexpr):
     """The slot of a ring after this one, and its phase, which changes with every turn."""
     wraps = slot + 1 == STAGES
     return gl.where(wraps, 0, slot + 1), gl.where(wraps, phase ^ 1, phase)
+
+
+@gluon.jit
+def give_back(empty, slot):
+    """Tell the fetching warps that this group is done with a slot; nothing where that is -1."""
+    mbarrier.arrive(empty.index(gl.maximum(slot, 0)), count=1, pred=slot >= 0)
 
 
 @gluon.jit
@@ -122,12 +132,14 @@ def _factor(factor, q, scale_smem, slot):
 def _softmax(scores, peak, factor, bias, FP8: gl.constexpr):
     """One step of an online softmax in base 2: weights, the new peak, and what sums up to here shrink by.
 
-    With FP8 peaks are whole numbers: codes then do not depend on which tiles came before.
+    With FP8 peaks are whole numbers: codes then do not depend on which tiles came before. Otherwise a peak stands until
+    it is exceeded by so much that weights could leave float16's range, so that the sums seldom shrink.
     """
     new_peak = _row_maximum(scores) * factor + bias
     if FP8:
-        new_peak = gl.ceil(new_peak)
-    new_peak = gl.maximum(peak, new_peak)
+        new_peak = gl.maximum(peak, gl.ceil(new_peak))
+    else:
+        new_peak = gl.where(new_peak > peak + MAX_LOG2_WEIGHT, new_peak, peak)
     offset = new_peak - bias
     if FP8:
         offset -= LOG2_TOP_CODE
@@ -179,7 +191,7 @@ def begin(
 
     Args:
         acc: (64, D) float32 sums so far, zeros or those of tiles before.
-        peak: (64,) float32 the largest score so far, in base 2; -inf before the first tile.
+        peak: (64,) float32 about the largest score so far, in base 2; -inf before the first tile.
     Returns:
         weights, peak, held, total: what `stream` takes.
         slot, phase: of the next tile, which has been waited for if there is one.
@@ -206,11 +218,42 @@ def begin(
     return weights, peak, held, sum_in_thread(weights), slot, phase
 
 
+@gluon.constexpr_function
+def _shrink_assembly(size):
+    """PTX that multiplies `size` numbers of a thread, two of a row and two of another in turn, or leaves it."""
+    products = "\n".join(f"mul.f32 ${i}, ${i}, ${2 * size + i};" for i in range(size))
+    return f"""{{
+    .reg .pred apart, any;
+    setp.neu.f32 apart, ${2 * size}, 0f3F800000;
+    setp.neu.or.f32 apart, ${2 * size + 2}, 0f3F800000, apart;
+    vote.sync.any.pred any, apart, 0xffffffff;
+    @!any bra done;
+    {products}
+    done:
+    }}"""
+
+
+@gluon.constexpr_function
+def _shrink_constraints(size):
+    return ",".join(["=f"] * size + [str(i) for i in range(size)] + ["f"] * size)
+
+
+@gluon.jit
+def _shrink(acc, held):
+    """`acc` (64, D) times `held` (64,), skipped by warps for whose rows that is 1."""
+    SIZE: gl.constexpr = acc.shape[1] // 2
+    held = gl.convert_layout(held, gl.SliceLayout(1, acc.type.layout))
+    return gl.inline_asm_elementwise(
+        _shrink_assembly(SIZE), _shrink_constraints(SIZE), [acc, held[:, None]], dtype=gl.float32, is_pure=False,
+        pack=SIZE,
+    )  # fmt: skip
+
+
 @gluon.jit
 def _tiles(
-    acc, weights, peak, held, total, q, k_smem, v_smem, scale_smem, full, empty, last_slot, slot, phase, first,
-    num_tiles, num_waits, factor, bias, tile_ptr, T, last_size, last_bias, MEANS: gl.constexpr, RAGGED: gl.constexpr,
-    PROMOTE: gl.constexpr,
+    acc, weights, peak, held, total, q, k_smem, v_smem, scale_smem, full, empty, used_slot, last_slot, slot, phase,
+    first, num_tiles, num_waits, factor, bias, tile_ptr, T, last_size, last_bias, MEANS: gl.constexpr,
+    RAGGED: gl.constexpr, PROMOTE: gl.constexpr,
 ):  # fmt: skip
     """The loop of `stream` over tiles of which, if RAGGED, any can be the short one."""
     STAGES: gl.constexpr = k_smem.shape[0]
@@ -218,6 +261,8 @@ def _tiles(
     o_layout: gl.constexpr = acc.type.layout
     p_layout: gl.constexpr = left_operand(o_layout, v_smem.dtype.primitive_bitwidth // 8)
     sum_layout: gl.constexpr = gl.SliceLayout(1, total.type.layout)
+    # Whether the ring is deep enough to give a slot back a step after it was used.
+    LATE: gl.constexpr = STAGES > 3
     low, high = 0, 0
     for i in range(first, num_tiles):
         # What is read from memory here is used after the scores.
@@ -227,9 +272,14 @@ def _tiles(
         token = _issue_scores(q, k_smem.index(slot))
         if not PROMOTE:
             # Behind the scores: the tensor cores have work in the meantime.
-            acc = acc * held[:, None]
+            acc = _shrink(acc, held)
         probs = _to_operand(weights, v_smem.dtype, p_layout)
         acc_token = _issue_values(probs, v_smem.index(last_slot), acc, PROMOTE)
+        if LATE:
+            # Here and not when it is done with: the compiler lets a group's warps wait for each other before and after
+            # what it takes for an access to all shared memory, and here they wait for the scores in any case.
+            give_back(empty, used_slot)
+            group_barrier()
         scores = _as_scores(warpgroup_mma_wait(1, deps=[token]))
         if MEANS:
             scores = _mask_means(scores, low, high, i * KEYS, T, last_bias, RAGGED)
@@ -243,30 +293,34 @@ def _tiles(
         if i + 1 < num_waits:
             mbarrier.wait(full.index(after), after_phase)
         product = warpgroup_mma_wait(0, deps=[acc_token])
-        mbarrier.arrive(empty.index(last_slot), count=1)
+        if not LATE:
+            give_back(empty, last_slot)
         acc = acc * held[:, None] + product if PROMOTE else product
         held = gl.convert_layout(rescale, gl.SliceLayout(1, o_layout))
         total = total * gl.convert_layout(rescale, sum_layout)[:, None] + added
+        if LATE:
+            used_slot = last_slot
         last_slot, slot, phase = slot, after, after_phase
-    return acc, weights, peak, held, total, last_slot, slot, phase
+    return acc, weights, peak, held, total, used_slot, last_slot, slot, phase
 
 
 @gluon.jit
 def stream(
-    acc, weights, peak, held, total, q, k_smem, v_smem, scale_smem, full, empty, last_slot, slot, phase, first,
-    num_tiles, num_waits, factor, bias, tile_ptr, T, last_size, last_bias, MEANS: gl.constexpr, RAGGED: gl.constexpr,
-    PROMOTE: gl.constexpr,
+    acc, weights, peak, held, total, q, k_smem, v_smem, scale_smem, full, empty, used_slot, last_slot, slot, phase,
+    first, num_tiles, num_waits, factor, bias, tile_ptr, T, last_size, last_bias, MEANS: gl.constexpr,
+    RAGGED: gl.constexpr, PROMOTE: gl.constexpr,
 ):  # fmt: skip
     """Attend to tiles `first` to `num_tiles`, after another one whose weights are there and whose values are not.
 
     Args:
         acc: (64, D) float32 sums of weights times values, in an `out_layout`, without the last tile's.
         weights: (64, 64) float32 of the last tile.
-        peak: (64,) float32 the largest score so far, in base 2.
+        peak: (64,) float32 about the largest score so far, in base 2.
         held: (64,) what `acc` must be multiplied by before the last tile's product is added.
         total: (64, 4) float32 sums of the weights so far, in each thread.
         q: (64, D) queries or their codes, in registers.
         scale_smem: (slots of the ring, 64) float32 scales of the tiles, the same for all rows, where q is codes.
+        used_slot: of the ring, of the tile before the last one, which is done with but not given back; -1 for none.
         last_slot, slot, phase: of the ring, of the last tile and of the next one, which has been waited for.
         num_waits: as many as `num_tiles`, or more where tiles follow with nothing between.
         factor: what makes of a product of q and k a score in base 2, but for a code's scale.
@@ -278,23 +332,23 @@ def stream(
             that matters where very many tiles are added.
 
     Returns:
-        acc, weights, peak, held, total and the three of the ring, for what follows.
+        acc, weights, peak, held, total and the four of the ring, for what follows.
     """
     # Only the last tile can be the short one. It has a loop of its own, that runs once or not at all: of a branch the
     # assembler makes instructions that every tile executes.
     whole = num_tiles
     if RAGGED:
         whole = gl.maximum(first, num_tiles - 1)
-    acc, weights, peak, held, total, last_slot, slot, phase = _tiles(
-        acc, weights, peak, held, total, q, k_smem, v_smem, scale_smem, full, empty, last_slot, slot, phase, first,
-        whole, num_waits, factor, bias, tile_ptr, T, last_size, last_bias, MEANS, False, PROMOTE,
+    acc, weights, peak, held, total, used_slot, last_slot, slot, phase = _tiles(
+        acc, weights, peak, held, total, q, k_smem, v_smem, scale_smem, full, empty, used_slot, last_slot, slot, phase,
+        first, whole, num_waits, factor, bias, tile_ptr, T, last_size, last_bias, MEANS, False, PROMOTE,
     )  # fmt: skip
     if RAGGED:
-        acc, weights, peak, held, total, last_slot, slot, phase = _tiles(
-            acc, weights, peak, held, total, q, k_smem, v_smem, scale_smem, full, empty, last_slot, slot, phase, whole,
-            num_tiles, num_waits, factor, bias, tile_ptr, T, last_size, last_bias, MEANS, True, PROMOTE,
+        acc, weights, peak, held, total, used_slot, last_slot, slot, phase = _tiles(
+            acc, weights, peak, held, total, q, k_smem, v_smem, scale_smem, full, empty, used_slot, last_slot, slot,
+            phase, whole, num_tiles, num_waits, factor, bias, tile_ptr, T, last_size, last_bias, MEANS, True, PROMOTE,
         )  # fmt: skip
-    return acc, weights, peak, held, total, last_slot, slot, phase
+    return acc, weights, peak, held, total, used_slot, last_slot, slot, phase
 
 
 @gluon.jit
@@ -308,9 +362,10 @@ def issue_last(acc, weights, held, v_smem, last_slot, PROMOTE: gl.constexpr):
 
 
 @gluon.jit
-def finish(acc, token, held, empty, last_slot, PROMOTE: gl.constexpr):
-    """The sums with the last tile's."""
+def finish(acc, token, held, empty, used_slot, last_slot, PROMOTE: gl.constexpr):
+    """The sums with the last tile's; all slots are given back."""
     product = warpgroup_mma_wait(0, deps=[token])
+    give_back(empty, used_slot)
     mbarrier.arrive(empty.index(last_slot), count=1)
     if PROMOTE:
         product += acc * held[:, None]
