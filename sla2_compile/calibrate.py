@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -12,7 +13,7 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from sla2_compile.calibration_report import BudgetResult, CalibrationReport, SiteResult, SparsityResult
+from sla2_compile.calibration_report import UNTRAINED, BudgetResult, CalibrationReport, SiteResult, SparsityResult
 from sla2_compile.capture import Capture, Sample, SiteKey, SiteSize, Store, group_sites, split_batch
 from sla2_compile.config import SPARSITY_UNIT, Mixing, SLA2Config, Tail
 from sla2_compile.kernels.blocks import delivered_sparsity, num_blocks
@@ -57,7 +58,8 @@ def calibrate(
 
     Each site is trained to give the dense attention's output, with a soft mask in place of the hard choice of blocks,
     for every sparsity and form (tail and mixing) asked for. The form with the least error on held-out batches, with the
-    hard mask that the compiled op uses, is kept; where none beats the untrained router, that stays.
+    hard mask that the compiled op uses, is kept; where none beats the untrained default (pooled tail, row mixing), that
+    stays, if its form is among those asked for.
 
     Args:
         model: prepared, or prepared here with the first batch.
@@ -236,15 +238,17 @@ def _calibrate_site(
         errors = [_keep_best(each, test, size.device) for each in candidates]
         after = min(errors)
         improved = after < before
-        chosen = candidates[errors.index(after)] if improved else new_learner(start, train[0], size.device)
+        # Whoever asks for other forms gets one of them, unless none gives numbers.
+        stays = not improved and ((start.tail, start.mixing) in forms or math.isinf(after))
+        chosen = new_learner(start, train[0], size.device) if stays else candidates[errors.index(after)]
         best.append(chosen)
         results.append(
             SparsityResult(
                 sparsity=units / SPARSITY_UNIT,
                 delivered=delivered_sparsity(size.q_shape[2], size.kv_len, entry_config(size.config, start)),
                 before=before,
-                after=after if improved else before,
-                form=_form_name(chosen.entry) if improved else "untrained",
+                after=before if stays else after,
+                form=UNTRAINED if stays else _form_name(chosen.entry),
                 improved=improved,
                 errors={_form_name(each.entry): error for each, error in zip(candidates, errors, strict=True)},
                 curves={_form_name(each.entry): each.curve for each in candidates},

@@ -18,6 +18,10 @@ PAPER_FORM = "linear, block"
 _CURVE_POINTS = 120
 
 
+# The form of a site that keeps the default.
+UNTRAINED = "untrained"
+
+
 @dataclass
 class SparsityResult:
     """One site at one sparsity. Errors are relative L2 of the op's output against dense attention, on held-out batches.
@@ -27,7 +31,7 @@ class SparsityResult:
         delivered: after rounding to whole blocks, and exact tokens.
         before: error of the untrained default: identity router, pooled tail, row mixing.
         after: error of what was kept.
-        form: "tail, mixing" of what was kept, or "untrained".
+        form: "tail, mixing" of what was kept, or UNTRAINED.
         improved: whether anything learned was better than the untrained default.
         errors: error of every form that was trained.
         curves: training loss of every step, by form: squared error relative to the dense output's mean square.
@@ -94,7 +98,7 @@ class CalibrationReport:
     seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain values, and `not_improved`: [site name, sparsity] of what kept its untrained start."""
+        """The fields as plain values, and `not_improved`: [site name, sparsity]."""
         return {**dataclasses.asdict(self), "not_improved": self.not_improved()}
 
     def not_improved(self) -> list[tuple[str, float]]:
@@ -156,8 +160,18 @@ class CalibrationReport:
                 f"{self.budget.spread_error:.4f} spread: "
                 + ", ".join(f"{name} {_percent(sparsity)}" for name, sparsity in self.budget.per_site.items())
             )
-        if missed := self.not_improved():
-            lines.append("kept at the untrained start: " + ", ".join(f"{name} at {_percent(s)}" for name, s in missed))
+        for what, is_untrained in (
+            ("kept at the untrained start", True),
+            ("no better than the untrained default, whose form was not asked for", False),
+        ):
+            names = [
+                f"{site.name} at {_percent(each.sparsity)}"
+                for site in self.sites
+                for each in site.results
+                if not each.improved and (each.form == UNTRAINED) == is_untrained
+            ]
+            if names:
+                lines.append(f"{what}: {', '.join(names)}")
         if diverged := self.diverged():
             lines.append("not finite, and so not kept: " + ", ".join(diverged))
         if self.interrupted:

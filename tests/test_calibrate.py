@@ -161,11 +161,29 @@ def test_the_kept_form_is_the_best_and_the_compiled_model_runs_it_at_the_first_s
     torch.testing.assert_close(torch.compile(model, backend=backend)(x), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_site_that_does_not_improve_keeps_its_start_and_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def spoil(learners: Any, *args: Any) -> None:
-        for learner in learners:
-            learner.parameters.alpha_logit.data += 30
+def spoil(learners: Any, *args: Any) -> None:
+    """In place of training: nothing but the sparse branch."""
+    for learner in learners:
+        learner.parameters.alpha_logit.data += 30
 
+
+def test_a_form_that_was_asked_for_is_kept_with_what_it_learned_though_the_default_is_better(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "train_site", spoil)
+    model = sharp(Attention())
+    report = run(model, tails=("linear",), mixings=("block",))
+    (result,) = report.sites[0].results
+    assert not result.improved
+    assert result.after == result.errors["linear, block"] > result.before
+    assert result.form == "linear, block"
+    (call,) = owner_state(model).settings.calls
+    assert (call.entries[0].tail, call.entries[0].mixing) == ("linear", "block")
+    assert (owner_state(model).parameters_of(call, call.entries[0]).alpha_logit >= 20).all()
+    assert "no better than the untrained default, whose form was not asked for: " in str(report)
+
+
+def test_a_site_that_does_not_improve_keeps_its_start_and_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "train_site", spoil)
     model = sharp(Blocks())
     report = run(model)

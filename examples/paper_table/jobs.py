@@ -120,15 +120,8 @@ class Stage1:
                 model, batches, sparsity=sparsities, config=SLA2Config.from_options(options), tails=(tail,),
                 mixings=(mixing,), steps=preset.calibration_steps, store="device", progress=False,
             )  # fmt: skip
-        for _, owner in prepared_owners(model):
-            state = owner_state(owner)
-            for call in state.settings.calls:
-                # Where nothing beat the untrained router, calibrate keeps that one, in the default form.
-                entries = tuple(dataclasses.replace(entry, tail=tail, mixing=mixing) for entry in call.entries)
-                parameters = [state.parameters_of(call, entry) for entry in call.entries]
-                state.replace_call(dataclasses.replace(call, entries=entries), parameters)
-        learned = {name: x.cpu() for name, x in model.state_dict().items() if ".sla2." in name}
-        torch.save(learned, context.storage.work / f"{self.name}.pt")
+        learned = {name: x for name, x in model.state_dict().items() if ".sla2." in name}
+        context.storage.write_learned(self.name, learned)
         return {
             "errors": [
                 {"site": site.name, "sparsity": each.sparsity, "before": each.before, "after": each.after}
@@ -206,7 +199,7 @@ class RowJob:
         if not row.trained:
             return model, options
         prepare_model(model, options)
-        learned = torch.load(context.storage.work / f"stage1-{'-'.join(row.form)}.pt", weights_only=True)
+        learned = context.storage.read_learned(f"stage1-{'-'.join(row.form)}")
         model.load_state_dict(learned, strict=False)
         for name, parameter in model.named_parameters():
             if ".sla2." in name and ".proj_" in name:

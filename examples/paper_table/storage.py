@@ -1,8 +1,8 @@
 """Where results and checkpoints lie, and how they travel between machines.
 
-`results/` holds a small JSON file per job, and frames; it is kept in the repository. `work/` holds the pictures, the
-teacher and what stage 1 learned; it is not. A machine that is lent for minutes gets `work/` and gives back a bundle:
-one archive and the shards of the teacher, none of them large.
+`results/` holds a small JSON file per job, frames, and what stage 1 learned; it is kept in the repository. `work/`
+holds the pictures and the teacher in training; it is not. A machine that is lent for minutes gets `work/` and gives
+back a bundle: one archive and the shards of the teacher, none of them large.
 """
 
 from __future__ import annotations
@@ -86,8 +86,7 @@ class Storage:
     def write_weights(self, name: str, weights: Mapping[str, Tensor]) -> None:
         """Write tensors, floating ones rounded to bfloat16, as `name.0` and so on, and remove those of other names."""
         buffer = io.BytesIO()
-        rounded = {key: x.to(torch.bfloat16) if x.is_floating_point() else x for key, x in weights.items()}
-        torch.save({key: x.detach().cpu() for key, x in rounded.items()}, buffer)
+        torch.save({key: _rounded(x).detach().cpu() for key, x in weights.items()}, buffer)
         content = buffer.getvalue()
         for number, start in enumerate(range(0, len(content), SHARD_BYTES)):
             write_whole(self.work / f"{name}.{number}", content[start : start + SHARD_BYTES])
@@ -103,7 +102,24 @@ class Storage:
             return None
         content = io.BytesIO(b"".join(path.read_bytes() for path in shards))
         weights: dict[str, Tensor] = torch.load(content, weights_only=True)
-        return {key: x.float() if x.is_floating_point() else x for key, x in weights.items()}
+        return {key: _widened(x) for key, x in weights.items()}
+
+    # What stage 1 learned, in bfloat16; it is kept in the repository, for rows that come later
+
+    def write_learned(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        from safetensors.torch import save
+
+        found = {key: x.detach().cpu().contiguous() for key, x in tensors.items()}
+        write_whole(self._learned(name), save({key: _rounded(x) for key, x in found.items()}))
+
+    def read_learned(self, name: str) -> dict[str, Tensor]:
+        """What `write_learned` wrote, in float32."""
+        from safetensors.torch import load_file
+
+        return {key: _widened(x) for key, x in load_file(self._learned(name)).items()}
+
+    def _learned(self, name: str) -> Path:
+        return self.results / f"{name}.safetensors"
 
     # Transport
 
@@ -116,10 +132,9 @@ class Storage:
         with self.claimed("bundle", wait=True):
             buffer = io.BytesIO()
             with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
-                for path in sorted(self.results.glob("*.json")) + sorted(self.results.glob("*.png")):
-                    archive.add(path, f"results/{path.name}")
-                for path in sorted(self.work.glob("stage1-*.pt")):
-                    archive.add(path, f"work/{path.name}")
+                for kind in ("json", "png", "safetensors"):
+                    for path in sorted(self.results.glob(f"*.{kind}")):
+                        archive.add(path, f"results/{path.name}")
             write_whole(folder / "bundle.tar.gz", buffer.getvalue())
             shards = {path.name: path for path in self.work.glob("teacher-*") if path.suffix != ".part"}
             for name, path in shards.items():
@@ -136,9 +151,9 @@ class Storage:
             for member in archive.getmembers():
                 kind, _, name = member.name.partition("/")
                 content = archive.extractfile(member)
-                if kind not in ("results", "work") or "/" in name or content is None:
-                    raise ValueError(f"bundle: expected files in results/ and work/, got {member.name!r}")
-                write_whole((self.results if kind == "results" else self.work) / name, content.read())
+                if kind != "results" or "/" in name or content is None:
+                    raise ValueError(f"bundle: expected files in results/, got {member.name!r}")
+                write_whole(self.results / name, content.read())
         shards = sorted(folder.glob("teacher-*"))
         if shards:
             for old in self.work.glob("teacher-*"):
@@ -146,6 +161,14 @@ class Storage:
         for path in shards:
             write_whole(self.work / path.name, path.read_bytes())
         return sorted(set(self.all_results()) - before)
+
+
+def _rounded(x: Tensor) -> Tensor:
+    return x.to(torch.bfloat16) if x.is_floating_point() else x
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.float() if x.is_floating_point() else x
 
 
 def write_whole(path: Path, content: bytes) -> None:
