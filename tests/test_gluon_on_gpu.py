@@ -66,15 +66,23 @@ def run(name: str, *, training: bool) -> tuple[Tensor, ...]:
 
 
 @pytest.fixture
-def without_gluon(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    def switch_off() -> None:
-        from sla2_compile.kernels import gluon_attention, gluon_backward_keys, gluon_backward_queries
+def without_gluon(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """Leaves the forward, or the backward, to Triton."""
 
-        for module, launcher in (
-            (gluon_attention, "attend"), (gluon_backward_keys, "key_gradients"),
-            (gluon_backward_queries, "query_gradient"),
-        ):  # fmt: skip
-            monkeypatch.setattr(module, launcher, lambda *_: False)
+    def switch_off(backward: bool) -> None:
+        from sla2_compile.kernels import (
+            gluon_attention,
+            gluon_backward_keys,
+            gluon_backward_queries,
+            gluon_backward_tail,
+        )
+
+        of_backward = (
+            (gluon_backward_keys, "key_gradients"), (gluon_backward_queries, "query_gradient"),
+            (gluon_backward_tail, "tail_gradient"),
+        )  # fmt: skip
+        for module, launcher in of_backward if backward else ((gluon_attention, "attend"),):
+            monkeypatch.setattr(module, launcher, lambda *_: None)
 
     return switch_off
 
@@ -83,11 +91,12 @@ def without_gluon(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 @needs_hopper
 @pytest.mark.parametrize("name, training", [*((name, False) for name in FORWARD), *((name, True) for name in TRAINING)])
 def test_at_a_video_s_length_hopper_s_kernels_agree_with_triton_s(
-    name: str, training: bool, without_gluon: Callable[[], None]
+    name: str, training: bool, without_gluon: Callable[[bool], None]
 ) -> None:
     found, again = run(name, training=training), run(name, training=training)
     assert all(torch.equal(x, y) for x, y in zip(found, again, strict=True))
-    without_gluon()
+    # Forwards round independently, so that gradients are compared for one and the same.
+    without_gluon(training)
     for x, y in zip(found, run(name, training=training), strict=True):
         assert x.isfinite().all()
         assert relative_error(x, y) < LIMIT
