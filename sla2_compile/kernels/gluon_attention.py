@@ -71,6 +71,7 @@ def _attention_kernel(
     """
     TAIL: gl.constexpr = k_bar_tiles is not None
     LINEAR: gl.constexpr = state_tiles is not None
+    SAVES: gl.constexpr = sparse_out_ptr is not None
     # Two query blocks: the output leaves by the place of its queries while the next ones arrive.
     q_smem = gl.allocate_shared_memory(q_tiles.dtype, [4] + q_tiles.block_type.shape, q_tiles.layout)
     k_smem = gl.allocate_shared_memory(k_tiles.dtype, [STAGES] + k_tiles.block_type.shape, k_tiles.layout)
@@ -124,7 +125,7 @@ def _attention_kernel(
         ],
         [4, 1 if order_ptr is None else 4],
         # Of a thread; the fetching warps give theirs to the groups that compute.
-        [240, 24] if k_scale_ptr is not None else [232, 40],
+        [240, 24] if k_scale_ptr is not None or (LINEAR and SAVES and order_ptr is None) else [232, 40],
     )  # fmt: skip
 
 
