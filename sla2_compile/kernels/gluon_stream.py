@@ -240,9 +240,8 @@ def _shrink_constraints(size):
 
 @gluon.jit
 def _shrink(acc, held):
-    """`acc` (64, D) times `held` (64,), skipped by warps for whose rows that is 1."""
+    """`acc` (64, D) times `held` (64,), a slice of its layout; skipped by warps for whose rows that is 1."""
     SIZE: gl.constexpr = acc.shape[1] // 2
-    held = gl.convert_layout(held, gl.SliceLayout(1, acc.type.layout))
     return gl.inline_asm_elementwise(
         _shrink_assembly(SIZE), _shrink_constraints(SIZE), [acc, held[:, None]], dtype=gl.float32, is_pure=False,
         pack=SIZE,
