@@ -145,7 +145,8 @@ def try_replay(function: Function, input_sets: InputSets, num_runs: int) -> dict
 def measure_time(run: Run, function: Function, input_sets: InputSets, work: Work) -> dict[str, Any]:
     """Time alone, for the sweeps."""
     with torch.no_grad():
-        return figures(run, vars(measure(function, input_sets, budget_s=run.preset.budget_s / 2, min_runs=3)), work)
+        timing = measure(function, input_sets, budget_s=run.preset.budget_s / 2, min_runs=3)
+        return figures(run, vars(timing), work) | try_replay(function, input_sets, timing.num_runs)
 
 
 def measure_training(

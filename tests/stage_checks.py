@@ -34,7 +34,9 @@ class Stages:
         self.statistics: Statistics = block_statistics(
             p.q, p.k, p.v, self.real, self.order, self.settings, needs_v_bar=True, smooth_k_bar=True
         )
-        self.codes: Codes = low_bit_codes(p.k, p.v, self.statistics, self.real, self.order, self.settings)
+        self.codes: Codes = low_bit_codes(
+            p.k, p.v, self.statistics, self.real, self.order, self.settings, with_means=True
+        )
         self.inputs = p
         wide = p.to(torch.float64)
         visited = slice(None) if self.order is None else self.order.long()
@@ -79,21 +81,30 @@ def check_statistics(stages: Stages) -> dict[str, float]:
 
 
 def check_codes(stages: Stages) -> dict[str, float]:
-    """What the codes stand for, against the same values rounded by `quant/formats.py`, relative to one code's step."""
+    """What the codes stand for, against the same values, and their means, rounded by `quant/formats.py`."""
     case, codes, errors = stages.case, stages.codes, {}
+    num_keys = stages.statistics.n.shape[1]
     if codes.k is not None and codes.k_scale is not None:
         assert case.qk_format is not None
         stored = codes.k.double() * codes.k_scale[..., None, None]
+        keys, means = stored.split([num_keys, codes.num_stored - num_keys], 2)
         expected = quantize_dequantize(reference.split_blocks(stages.smooth_k, case.block_k), case.qk_format, (-2, -1))
-        errors["k"] = relative_error(stored, expected)
+        errors["k"] = relative_error(keys, expected)
+        k_bar = reference.block_means(stages.smooth_k, stages.all_real, case.block_k)
+        expected = quantize_dequantize(reference.split_blocks(k_bar, case.block_k), case.qk_format, (-2, -1))
+        errors["means of k"] = relative_error(means, expected)
     if codes.v is not None and codes.v_scale is not None:
         place = torch.arange(case.block_k, device=codes.v.device)
         key = place // 16 * 16 + place % 16 // 4 * 2 + place % 2 + place % 4 // 2 * 8
         stored = torch.empty_like(codes.v, dtype=torch.float64)
         stored[..., key] = codes.v.double() * codes.v_scale[:, :, None, :, None]
-        values = stages.v * stages.all_real[..., None]
-        expected = reference.split_blocks(quantize_dequantize(values, "fp8", (-2,)), case.block_k)
-        errors["v"] = relative_error(stored.mT, expected)
+        values, means = stored.mT.split([num_keys, codes.num_stored - num_keys], 2)
+        v = stages.v * stages.all_real[..., None]
+        errors["v"] = relative_error(values, reference.split_blocks(quantize_dequantize(v, "fp8", (-2,)), case.block_k))
+    if codes.has_means_values:
+        v_bar = reference.block_means(stages.v, stages.all_real, case.block_k)
+        expected = quantize_dequantize(torch.cat([v, v_bar], 2), "fp8", (-2,))[:, :, v.shape[2] :]
+        errors["means of v"] = relative_error(means, reference.split_blocks(expected, case.block_k))
     return errors
 
 

@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 import torch
 from attention_cases import Case, make_case, output_and_gradients
-from tolerances import EXPECTED_GRADIENT, FAKE_QUANT, LOW_BIT_GRADIENT, relative_error
+from tolerances import (
+    EAGER_ERROR_FACTOR,
+    EXPECTED_GRADIENT,
+    FAKE_QUANT,
+    FP8_SUMS,
+    LOW_BIT_GRADIENT,
+    relative_error,
+)
 from torch import Tensor
 
 from sla2_compile.kernels import blocked
@@ -174,8 +181,9 @@ def test_without_a_format_there_is_nothing_to_round_and_the_device_s_kernels_run
 @pytest.mark.gpu
 @pytest.mark.parametrize("qk_format, pv_format", [("int8", None), ("fp8", None), ("int8", "fp8"), ("fp8", "fp8")])
 @pytest.mark.parametrize("tail, mixing", [("pooled", "row"), ("linear", "block")])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_on_a_gpu_fake_quantisation_agrees_with_the_low_bit_kernels(
-    qk_format: str, pv_format: str | None, tail: str, mixing: str
+    qk_format: str, pv_format: str | None, tail: str, mixing: str, dtype: torch.dtype
 ) -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
@@ -183,10 +191,16 @@ def test_on_a_gpu_fake_quantisation_agrees_with_the_low_bit_kernels(
         if problem := missing_for_format(name, torch.device("cuda", 0)):
             pytest.skip(problem)
     settings: dict[str, Any] = {"tail": tail, "mixing": mixing, "qk_format": qk_format, "pv_format": pv_format}
-    case = make_case(q_len=1000, dim=64, dtype=torch.bfloat16, learned=False, block_q=128, block_k=64, **settings)
+    case = make_case(q_len=1000, dim=64, dtype=dtype, learned=False, block_q=128, block_k=64, **settings)
     case = replace(case, **{name: x.detach().cuda().requires_grad_() for name, x in case.differentiable().items()})
     fake = replace(case, config=replace(case.config, fake_quant=True))
-    assert relative_error(case.op(), fake.op()) < FAKE_QUANT
+    limit = FP8_SUMS if (qk_format, pv_format) == ("fp8", "fp8") else FAKE_QUANT
+    if dtype == torch.bfloat16:
+        # Its 8 bits are coarser than that: plain PyTorch rounds between the branches where the kernels do not.
+        plain = replace(case, config=replace(case.config, qk_format=None, pv_format=None))
+        wide = replace(plain, **{name: x.detach().double() for name, x in plain.differentiable().items()})
+        limit = max(limit, EAGER_ERROR_FACTOR * relative_error(plain.op(), wide.op()))
+    assert relative_error(case.op(), fake.op()) < limit
 
 
 def test_what_is_rounded_is_what_the_format_stores() -> None:

@@ -6,6 +6,7 @@ Twin: `reference.attention`. Backward: `blocked_backward.py`.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -125,10 +126,18 @@ def block_head(
 
 
 def with_rounded_values(head: KeyHead, settings: Settings) -> KeyHead:
-    """The head with values as their format holds them, with one scale per channel over all of its keys."""
+    """The head with values as their format holds them, and their means if they are in it too.
+
+    There is one scale per channel over all keys of the head.
+    """
     if settings.pv_format is None:
         return head
-    return KeyHead(**{**vars(head), "v": quantize_dequantize(at_least_float32(head.v), "fp8", (0, 1))})
+    v = at_least_float32(head.v)
+    rounded = {"v": quantize_dequantize(v, "fp8", (0, 1))}
+    if settings.rounds_means_values:
+        together = quantize_dequantize(torch.cat([v.flatten(0, 1), head.v_bar]), "fp8", (0,))
+        rounded["v_bar"] = together[-head.v_bar.shape[0] :]
+    return KeyHead(**{**vars(head), **rounded})
 
 
 @dataclass(frozen=True)
@@ -287,7 +296,17 @@ def forward(
     return out, sparse_out, sparse_lse, tail_lse, kept
 
 
-def _pooled_tail(q: Tensor, head: KeyHead, bias: Tensor, settings: Settings, fused: bool) -> tuple[Tensor, Tensor]:
+def _low_bit_tail(q: Tensor, values: KeyHead, bias: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+    """`_tail` with keys, and maybe values, in the sparse branch's formats; `values` come from `with_rounded_values`."""
+    # Rounded once, from float32; the mean of an empty block must not reach a scale.
+    k_bar, v_bar = values.k_bar.masked_fill((values.log_n == -torch.inf)[:, None], 0), values.v_bar
+    if not settings.rounds_means_values:
+        # In the inputs' dtype, which the keys still have.
+        v_bar, settings = v_bar.to(values.k.dtype), dataclasses.replace(settings, pv_format=None)
+    return sparse_branch(q, k_bar[None], v_bar[None], bias, settings)
+
+
+def _tail(q: Tensor, head: KeyHead, bias: Tensor, settings: Settings, fused: bool) -> tuple[Tensor, Tensor]:
     """Attention of the rows (R, block_q, D) to the blocks' means, with bias (R, 1, T): (R, block_q, D) and its lse."""
     k_bar, v_bar = (x.expand(q.shape[0], -1, -1) for x in head.pooled())
     return softmax_attention(q, k_bar, v_bar, bias, settings.scale, fused=fused)
@@ -317,8 +336,10 @@ def forward_rows(
     block_mask = kept_block_mask(kept, head.log_n.shape[0])
     bias = tail_bias(head, block_mask)
     tail_out, tail_lse = None, torch.zeros_like(sparse_lse)
-    if linear is None or gain is not None:
-        tail_out, tail_lse = _pooled_tail(q, head, bias, settings, fused)
+    if linear is None and settings.qk_format is not None:
+        tail_out, tail_lse = _low_bit_tail(q, values, bias, settings)
+    elif linear is None or gain is not None:
+        tail_out, tail_lse = _tail(q, head, bias, settings, fused)
     if linear is not None:
         state, normalizer = linear.outside(block_mask)
         phi_q = feature_map(at_least_float32(q), settings.feature_map)

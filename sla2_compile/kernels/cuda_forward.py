@@ -79,9 +79,10 @@ def prepare(
     real = None if attn_mask is None else attn_mask.expand(q.shape[0], 1, 1, kv_len)[:, 0, 0]
     real = real if real is None or real.stride(1) == 1 else real.contiguous()
     has_tail, states = kept.shape[3] - 1 < num_blocks(kv_len, settings.block_k), None
+    pooled = has_tail and settings.tail == "pooled"
     statistics = block_statistics(
         q, k, v, real, order, settings,
-        needs_v_bar=has_tail and settings.tail == "pooled", smooth_k_bar=settings.is_low_bit,
+        needs_v_bar=pooled, smooth_k_bar=settings.is_low_bit,
     )  # fmt: skip
     choice = route(
         statistics.q_mean, statistics.k_mean, statistics.n, proj_q, proj_k, kept, q.shape[2], kv_len, settings,
@@ -93,7 +94,7 @@ def prepare(
             k, v, choice.bits, statistics.n, statistics.center, real, order, settings, shared_memory(q.device)
         )
     # Last, when the key blocks' states are gone: together they would take more than the inputs.
-    codes = low_bit_codes(k, v, statistics, real, order, settings)
+    codes = low_bit_codes(k, v, statistics, real, order, settings, with_means=pooled)
     return AttentionInputs(
         q, k, v, kept, choice.bits, choice.num_nonempty, statistics, codes, states, alpha_logit, alpha_gain, real,
         order,

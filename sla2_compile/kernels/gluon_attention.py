@@ -19,6 +19,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from sla2_compile.kernels.attention_stage import AttentionInputs, Outputs
+from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.gluon_consume import consume
 from sla2_compile.kernels.gluon_fetch import fetch
 from sla2_compile.kernels.gluon_gather import MIN_STAGES, gather
@@ -34,17 +35,17 @@ MAX_TILES_IN_TENSOR_CORES = 64
 @gluon.jit
 def _bring(
     q_tiles, k_tiles, v_tiles, k_bar_tiles, v_bar_tiles, state_tiles, q_ptr, k_ptr, v_ptr, q_pitch, k_pitch, v_pitch,
-    order_ptr, k_scale_ptr, kept_ptr, q_smem, k_smem, v_smem, scale_smem, k_bar_smem, v_bar_smem, state_smem, q_full,
-    q_empty, full, empty, state_full, state_empty, q_rows, q_head_rows, q_columns, k_rows, k_head_rows, k_columns,
-    v_rows, v_head_rows, v_columns, H, GROUP, N, N_KV, M, T, slots, num_heads, first_exact, last_exact,
+    order_ptr, k_scale_ptr, kept_ptr, q_smem, k_smem, v_smem, scale_smem, v_bar_smem, state_smem, q_full, q_empty,
+    full, empty, state_full, state_empty, q_rows, q_head_rows, q_columns, k_rows, k_head_rows, k_columns, v_rows,
+    v_head_rows, v_columns, H, GROUP, N, N_KV, M, T, num_stored, slots, num_heads, first_exact, last_exact,
 ):  # fmt: skip
     """The warps that fetch tiles: one that leaves it to the copy engine, or four that gather rows."""
     if order_ptr is None:
         fetch(
             q_tiles, k_tiles, v_tiles, k_bar_tiles, v_bar_tiles, state_tiles, k_scale_ptr, kept_ptr, q_smem, k_smem,
-            v_smem, scale_smem, k_bar_smem, v_bar_smem, state_smem, q_full, q_empty, full, empty, state_full,
-            state_empty, q_rows, q_head_rows, q_columns, k_rows, k_head_rows, k_columns, v_rows, v_head_rows,
-            v_columns, H, GROUP, M, T, slots, num_heads, first_exact, last_exact,
+            v_smem, scale_smem, v_bar_smem, state_smem, q_full, q_empty, full, empty, state_full, state_empty, q_rows,
+            q_head_rows, q_columns, k_rows, k_head_rows, k_columns, v_rows, v_head_rows, v_columns, H, GROUP, M, T,
+            num_stored, slots, num_heads, first_exact, last_exact,
         )  # fmt: skip
     else:
         gather(
@@ -61,8 +62,8 @@ def _attention_kernel(
     v_ptr, q_pitch, k_pitch, v_pitch, order_ptr, kept_ptr, bits_ptr, logit_ptr, gain_ptr, q_scale_ptr, k_scale_ptr,
     v_scale_ptr, center_ptr, states_ptr, out_ptr, sparse_out_ptr, sparse_lse_ptr, tail_lse_ptr, q_rows, q_head_rows,
     q_columns, k_rows, k_head_rows, k_columns, v_rows, v_head_rows, v_columns, out_rows, out_head_rows, out_columns,
-    out_sn, H, GROUP, N, N_KV, M, T, slots, words, num_heads, first_exact, last_exact, scale, RAGGED: gl.constexpr,
-    APART: gl.constexpr, PROMOTE: gl.constexpr, MAP: gl.constexpr, STAGES: gl.constexpr,
+    out_sn, H, GROUP, N, N_KV, M, T, num_stored, slots, words, num_heads, first_exact, last_exact, scale,
+    RAGGED: gl.constexpr, APART: gl.constexpr, PROMOTE: gl.constexpr, MAP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Grid: as many programs as multiprocessors. sparse_out_ptr None: nothing is saved, log-sum-exps are 0.
 
@@ -76,12 +77,10 @@ def _attention_kernel(
     q_smem = gl.allocate_shared_memory(q_tiles.dtype, [4] + q_tiles.block_type.shape, q_tiles.layout)
     k_smem = gl.allocate_shared_memory(k_tiles.dtype, [STAGES] + k_tiles.block_type.shape, k_tiles.layout)
     v_smem = gl.allocate_shared_memory(v_tiles.dtype, [STAGES] + v_tiles.block_type.shape, v_tiles.layout)
-    scale_smem, k_bar_smem, v_bar_smem, state_smem = q_smem, k_smem, v_smem, q_smem
+    scale_smem, v_bar_smem, state_smem = q_smem, v_smem, q_smem
     if k_scale_ptr is not None:
         scale_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    if TAIL and k_tiles.dtype != q_tiles.dtype:
-        k_bar_smem = gl.allocate_shared_memory(q_tiles.dtype, [STAGES] + q_tiles.block_type.shape, q_tiles.layout)
-    if TAIL and v_tiles.dtype != q_tiles.dtype:
+    if TAIL and v_bar_tiles.dtype != v_tiles.dtype:
         v_bar_smem = gl.allocate_shared_memory(q_tiles.dtype, [STAGES] + q_tiles.block_type.shape, q_tiles.layout)
     if LINEAR:
         state_smem = gl.allocate_shared_memory(state_tiles.dtype, state_tiles.block_type.shape, state_tiles.layout)
@@ -107,21 +106,21 @@ def _attention_kernel(
         [
             (consume, (gl.constexpr(0), out_tiles, sparse_out_tiles, order_ptr, kept_ptr, bits_ptr, logit_ptr,
                         gain_ptr, q_scale_ptr, v_scale_ptr, center_ptr, states_ptr, out_ptr, sparse_out_ptr,
-                        sparse_lse_ptr, tail_lse_ptr, q_smem, k_smem, v_smem, scale_smem, k_bar_smem, v_bar_smem,
-                        state_smem, q_full, q_empty, full, empty, state_full, state_empty, head_start, out_rows,
-                        out_head_rows, out_columns, out_sn, H, GROUP, N, N_KV, M, T, slots, words, num_heads,
-                        first_exact, last_exact, scale, RAGGED, TAIL, LINEAR, APART, PROMOTE, MAP)),
+                        sparse_lse_ptr, tail_lse_ptr, q_smem, k_smem, v_smem, scale_smem, v_bar_smem, state_smem,
+                        q_full, q_empty, full, empty, state_full, state_empty, head_start, out_rows, out_head_rows,
+                        out_columns, out_sn, H, GROUP, N, N_KV, M, T, slots, words, num_heads, first_exact, last_exact,
+                        scale, RAGGED, TAIL, LINEAR, APART, PROMOTE, MAP)),
             (consume, (gl.constexpr(1), out_tiles, sparse_out_tiles, order_ptr, kept_ptr, bits_ptr, logit_ptr,
                         gain_ptr, q_scale_ptr, v_scale_ptr, center_ptr, states_ptr, out_ptr, sparse_out_ptr,
-                        sparse_lse_ptr, tail_lse_ptr, q_smem, k_smem, v_smem, scale_smem, k_bar_smem, v_bar_smem,
-                        state_smem, q_full, q_empty, full, empty, state_full, state_empty, head_start, out_rows,
-                        out_head_rows, out_columns, out_sn, H, GROUP, N, N_KV, M, T, slots, words, num_heads,
-                        first_exact, last_exact, scale, RAGGED, TAIL, LINEAR, APART, PROMOTE, MAP)),
+                        sparse_lse_ptr, tail_lse_ptr, q_smem, k_smem, v_smem, scale_smem, v_bar_smem, state_smem,
+                        q_full, q_empty, full, empty, state_full, state_empty, head_start, out_rows, out_head_rows,
+                        out_columns, out_sn, H, GROUP, N, N_KV, M, T, slots, words, num_heads, first_exact, last_exact,
+                        scale, RAGGED, TAIL, LINEAR, APART, PROMOTE, MAP)),
             (_bring, (q_tiles, k_tiles, v_tiles, k_bar_tiles, v_bar_tiles, state_tiles, q_ptr, k_ptr, v_ptr, q_pitch,
                       k_pitch, v_pitch, order_ptr, k_scale_ptr, kept_ptr, q_smem, k_smem, v_smem, scale_smem,
-                      k_bar_smem, v_bar_smem, state_smem, q_full, q_empty, full, empty, state_full, state_empty,
-                      q_rows, q_head_rows, q_columns, k_rows, k_head_rows, k_columns, v_rows, v_head_rows, v_columns,
-                      H, GROUP, N, N_KV, M, T, slots, num_heads, first_exact, last_exact)),
+                      v_bar_smem, state_smem, q_full, q_empty, full, empty, state_full, state_empty, q_rows,
+                      q_head_rows, q_columns, k_rows, k_head_rows, k_columns, v_rows, v_head_rows, v_columns, H, GROUP,
+                      N, N_KV, M, T, num_stored, slots, num_heads, first_exact, last_exact)),
         ],
         [4, 1 if order_ptr is None else 4],
         # Of a thread; the fetching warps give theirs to the groups that compute.
@@ -155,24 +154,30 @@ def attend(outputs: Outputs, inputs: AttentionInputs, settings: Settings) -> boo
     num_stages = _num_stages(dim, inputs, pooled=pooled)
     if None in tiles or (inputs.order is not None and num_stages < MIN_STAGES):
         return False
-    tiles += [matrix_tiles(mean, BLOCK_K) if pooled else None for mean in (statistics.k_bar, statistics.v_bar)]
+    if pooled:
+        # Codes of means lie behind the keys'.
+        tiles.append(matrix_tiles(statistics.k_bar, BLOCK_K) if codes.k is None else tiles[1])
+        tiles.append(tiles[2] if codes.has_means_values else matrix_tiles(statistics.v_bar, BLOCK_K))
+    else:
+        tiles += [None, None]
     tiles.append(None if states is None else matrix_tiles(states, dim))
     tiles += [None if x is None else token_tiles(x) for x in (outputs.out, outputs.sparse_out)]
     gathered = [None if inputs.order is None else x for x in (q, k, v)]
     exact = settings.exact_queries(q_len, kv_len)
     shifts = codes.k is None and outputs.sparse_out is not None
+    num_tiles = slots + (num_blocks(T, BLOCK_K) if codes.has_means_values else 0)
     _attention_kernel[min(num_multiprocessors(q.device), batch * heads * blocks),](
         *tiles, *gathered, *(0 if x is None else x.stride(2) for x in gathered), inputs.order,
         inputs.kept, inputs.bits, inputs.alpha_logit, inputs.alpha_gain, codes.q_scale, codes.k_scale, codes.v_scale,
         statistics.center if shifts else None, states,
         outputs.out, outputs.sparse_out, outputs.sparse_lse, outputs.tail_lse,
         *(step for x in (q, k, v, outputs.out) for step in matrix_steps(x)), outputs.out.stride(2),
-        heads, heads // key_heads, q_len, kv_len, blocks, T, slots, inputs.bits.shape[3], batch * heads,
-        exact.num_first, exact.last_start, settings.scale,
+        heads, heads // key_heads, q_len, kv_len, blocks, T, codes.num_stored, slots, inputs.bits.shape[3],
+        batch * heads, exact.num_first, exact.last_start, settings.scale,
         RAGGED=kv_len % BLOCK_K != 0, MAP=settings.feature_map, STAGES=num_stages,
         # Kept keys and means are one softmax, or two.
         APART=pooled and (settings.mixing == "block" or inputs.alpha_gain is not None),
-        PROMOTE=codes.v is not None and (exact.count > 0 or slots > MAX_TILES_IN_TENSOR_CORES),
+        PROMOTE=codes.v is not None and (exact.count > 0 or num_tiles > MAX_TILES_IN_TENSOR_CORES),
         num_warps=4,
     )  # fmt: skip
     return True
@@ -182,8 +187,8 @@ def _num_stages(dim: int, inputs: AttentionInputs, *, pooled: bool) -> int:
     """Slots of the rings: as deep as shared memory allows beside queries, state and barriers."""
     tile = BLOCK_K * dim
     held = 4 * tile * 2 + (dim * dim * 2 if inputs.states is not None else 0) + 2048
-    slot = 0
-    for codes in (inputs.codes.k, inputs.codes.v):
-        # Codes and block means have slots of their own.
-        slot += tile * 2 if codes is None else tile + (tile * 2 if pooled else 0)
+    slot = sum(tile * 2 if codes is None else tile for codes in (inputs.codes.k, inputs.codes.v))
+    if pooled and inputs.codes.v is not None and not inputs.codes.has_means_values:
+        # Means of values have slots of their own.
+        slot += tile * 2
     return min(6, (shared_memory(inputs.q.device) - held) // slot)

@@ -10,7 +10,8 @@ from sla2_compile.kernels.gluon_fetch import query_block
 from sla2_compile.kernels.gluon_tiles import phase_of, slot_of
 from sla2_compile.kernels.triton_backward_rows import FIELDS
 
-CAP_FIELD = gl.constexpr(FIELDS.index("sparse_cap"))
+SPARSE_CAP_FIELD = gl.constexpr(FIELDS.index("sparse_cap"))
+TAIL_CAP_FIELD = gl.constexpr(FIELDS.index("tail_cap"))
 TAIL_FIELD = gl.constexpr(FIELDS.index("tail_lse"))
 
 
@@ -80,11 +81,11 @@ def fetch_for_queries(
 def _fetch_rows(
     q_tiles, grad_tiles, rows_tiles, q_smem, grad_smem, rows_smem, cap_smem, full, empty, q_rows, q_head_rows,
     q_columns, grad_rows, grad_head_rows, grad_columns, b, h, row, head_row, step, field: gl.constexpr,
-    CAP: gl.constexpr,
+    cap_field: gl.constexpr, CAP: gl.constexpr,
 ):  # fmt: skip
     """64 rows of q and dO, from `row` of a head on, and two of their statistics, from `field` on; with CAP their caps.
 
-    The head's statistics begin at `head_row`.
+    The head's statistics begin at `head_row`; cap_field: which of them is the cap.
     """
     STAGES: gl.constexpr = q_smem.shape[0]
     slot = slot_of(step, STAGES)
@@ -97,7 +98,7 @@ def _fetch_rows(
     tma.async_copy_global_to_shared(grad_tiles, grad_place, barrier, grad_smem.index(slot))
     tma.async_copy_global_to_shared(rows_tiles, [field, head_row + row], barrier, rows_smem.index(slot))
     if CAP:
-        tma.async_copy_global_to_shared(rows_tiles, [CAP_FIELD, head_row + row], barrier, cap_smem.index(slot))
+        tma.async_copy_global_to_shared(rows_tiles, [cap_field, head_row + row], barrier, cap_smem.index(slot))
 
 
 @gluon.jit
@@ -125,7 +126,7 @@ def fetch_for_keys(
             _fetch_rows(
                 q_tiles, grad_tiles, rows_tiles, q_smem, grad_smem, rows_smem, cap_smem, full, empty, q_rows,
                 q_head_rows, q_columns, grad_rows, grad_head_rows, grad_columns, b, h, m * 128 + step % 2 * 64,
-                (b * H + h) * M * 128, step, 0, CAP,
+                (b * H + h) * M * 128, step, 0, SPARSE_CAP_FIELD, CAP,
             )  # fmt: skip
             ahead = (step + 1) // 2
             entry = gl.load(lists_ptr + ahead, mask=2 * ahead < num_steps, other=0)
@@ -137,9 +138,9 @@ def fetch_for_keys(
 
 @gluon.jit
 def fetch_for_tail(
-    q_tiles, grad_tiles, k_bar_tiles, v_bar_tiles, rows_tiles, q_smem, grad_smem, k_smem, v_smem, rows_smem, k_full,
-    full, empty, q_rows, q_head_rows, q_columns, grad_rows, grad_head_rows, grad_columns, kv_head, j, first, num_steps,
-    H, M, T, GROUP: gl.constexpr,
+    q_tiles, grad_tiles, k_bar_tiles, v_bar_tiles, rows_tiles, q_smem, grad_smem, k_smem, v_smem, rows_smem, cap_smem,
+    k_full, full, empty, q_rows, q_head_rows, q_columns, grad_rows, grad_head_rows, grad_columns, kv_head, j, first,
+    num_steps, H, M, T, GROUP: gl.constexpr, CAP: gl.constexpr,
 ):  # fmt: skip
     """For `gluon_backward_tail.py`: means from j on, then query blocks from the group's `first` on, half at a time."""
     G = H // GROUP
@@ -151,7 +152,7 @@ def fetch_for_tail(
         block = first + step // 2
         h, m = g * GROUP + block // M, block % M
         _fetch_rows(
-            q_tiles, grad_tiles, rows_tiles, q_smem, grad_smem, rows_smem, rows_smem, full, empty, q_rows, q_head_rows,
+            q_tiles, grad_tiles, rows_tiles, q_smem, grad_smem, rows_smem, cap_smem, full, empty, q_rows, q_head_rows,
             q_columns, grad_rows, grad_head_rows, grad_columns, b, h, m * 128 + step % 2 * 64,
-            (b * H + h) * M * 128, step, TAIL_FIELD, False,
+            (b * H + h) * M * 128, step, TAIL_FIELD, TAIL_CAP_FIELD, CAP,
         )  # fmt: skip

@@ -51,8 +51,8 @@ MIN_STAGES = 4
 @gluon.jit
 def _consume(
     part: gl.constexpr, dq_tiles, kept_ptr, bits_ptr, k_mean_ptr, lse_ptr, offset_ptr, cap_ptr, tail_lse_ptr,
-    tail_offset_ptr, dq_ptr, q_smem, grad_smem, k_smem, v_smem, dq_smem, q_full, q_empty, full, empty, dq_full,
-    dq_empty, dq_rows, dq_head_rows, dq_columns, dq_sn, H, GROUP, N, N_KV, M, T, slots, words, num_heads,
+    tail_offset_ptr, tail_cap_ptr, dq_ptr, q_smem, grad_smem, k_smem, v_smem, dq_smem, q_full, q_empty, full, empty,
+    dq_full, dq_empty, dq_rows, dq_head_rows, dq_columns, dq_sn, H, GROUP, N, N_KV, M, T, slots, words, num_heads,
     first_exact, last_exact, scale, RAGGED: gl.constexpr, TAIL: gl.constexpr, VALUES: gl.constexpr,
     ACCUMULATE: gl.constexpr,
 ):  # fmt: skip
@@ -127,6 +127,8 @@ def _consume(
                 for _ in range((i == count).to(gl.int32)):
                     lse, offset = gl.load(tail_lse_ptr + row) - MEAN_BIAS, gl.load(tail_offset_ptr + row)
                     cap = gl.full([64], float("inf"), gl.float32, layout=row_layout)
+                    if cap_ptr is not None and VALUES:
+                        cap = gl.load(tail_cap_ptr + row)
                 for _ in range(((i >= count) | (i == short)).to(gl.int32)):
                     scores = mask(scores, first, low, high, T, last_size, last_bias, RAGGED)
                     if not VALUES:
@@ -180,14 +182,15 @@ def _consume(
 @gluon.jit
 def _queries_kernel(
     q_tiles, grad_tiles, k_tiles, v_tiles, k_bar_tiles, v_bar_tiles, dq_tiles, kept_ptr, bits_ptr, k_mean_ptr, lse_ptr,
-    offset_ptr, cap_ptr, tail_lse_ptr, tail_offset_ptr, dq_ptr, q_rows, q_head_rows, q_columns, grad_rows,
+    offset_ptr, cap_ptr, tail_lse_ptr, tail_offset_ptr, tail_cap_ptr, dq_ptr, q_rows, q_head_rows, q_columns, grad_rows,
     grad_head_rows, grad_columns, k_rows, k_head_rows, k_columns, v_rows, v_head_rows, v_columns, dq_rows,
     dq_head_rows, dq_columns, dq_sn, H, GROUP, N, N_KV, M, T, slots, words, num_heads, first_exact, last_exact, scale,
     RAGGED: gl.constexpr, VALUES: gl.constexpr, ACCUMULATE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Grid: as many programs as multiprocessors. k_bar_tiles None: no tail has pooled scores.
 
-    VALUES: the tail's values are the means. ACCUMULATE: add to what dq holds. k_mean_ptr, cap_ptr may be None.
+    VALUES: the tail's values are the means. ACCUMULATE: add to what dq holds. k_mean_ptr, cap_ptr may be None; without
+    the latter tail_cap_ptr is not read.
     """
     TAIL: gl.constexpr = k_bar_tiles is not None
     tile: gl.constexpr = q_tiles.block_type.shape
@@ -214,15 +217,15 @@ def _queries_kernel(
     gl.warp_specialize(
         [
             (_consume, (gl.constexpr(0), dq_tiles, kept_ptr, bits_ptr, k_mean_ptr, lse_ptr, offset_ptr, cap_ptr,
-                        tail_lse_ptr, tail_offset_ptr, dq_ptr, q_smem, grad_smem, k_smem, v_smem, dq_smem, q_full,
-                        q_empty, full, empty, dq_full, dq_empty, dq_rows, dq_head_rows, dq_columns, dq_sn, H, GROUP, N,
-                        N_KV, M, T, slots, words, num_heads, first_exact, last_exact, scale, RAGGED, TAIL, VALUES,
-                        ACCUMULATE)),
+                        tail_lse_ptr, tail_offset_ptr, tail_cap_ptr, dq_ptr, q_smem, grad_smem, k_smem, v_smem,
+                        dq_smem, q_full, q_empty, full, empty, dq_full, dq_empty, dq_rows, dq_head_rows, dq_columns,
+                        dq_sn, H, GROUP, N, N_KV, M, T, slots, words, num_heads, first_exact, last_exact, scale,
+                        RAGGED, TAIL, VALUES, ACCUMULATE)),
             (_consume, (gl.constexpr(1), dq_tiles, kept_ptr, bits_ptr, k_mean_ptr, lse_ptr, offset_ptr, cap_ptr,
-                        tail_lse_ptr, tail_offset_ptr, dq_ptr, q_smem, grad_smem, k_smem, v_smem, dq_smem, q_full,
-                        q_empty, full, empty, dq_full, dq_empty, dq_rows, dq_head_rows, dq_columns, dq_sn, H, GROUP, N,
-                        N_KV, M, T, slots, words, num_heads, first_exact, last_exact, scale, RAGGED, TAIL, VALUES,
-                        ACCUMULATE)),
+                        tail_lse_ptr, tail_offset_ptr, tail_cap_ptr, dq_ptr, q_smem, grad_smem, k_smem, v_smem,
+                        dq_smem, q_full, q_empty, full, empty, dq_full, dq_empty, dq_rows, dq_head_rows, dq_columns,
+                        dq_sn, H, GROUP, N, N_KV, M, T, slots, words, num_heads, first_exact, last_exact, scale,
+                        RAGGED, TAIL, VALUES, ACCUMULATE)),
             (fetch_for_queries, (q_tiles, grad_tiles, k_tiles, v_tiles, k_bar_tiles, v_bar_tiles, dq_tiles, kept_ptr,
                                  q_smem, grad_smem, k_smem, v_smem, dq_smem, q_full, q_empty, full, empty, dq_full,
                                  dq_empty, q_rows, q_head_rows, q_columns, grad_rows, grad_head_rows, grad_columns,
@@ -265,7 +268,7 @@ def query_gradient(
     _queries_kernel[min(num_multiprocessors(q.device), batch * heads * blocks),](
         *tiles, *(x if x is None else matrix_tiles(x, BLOCK_K) for x in bars), token_tiles(dq),
         kept.contiguous(), bits, means.center, rows.sparse_lse, rows.offset,
-        None if settings.qk_format is None else rows.sparse_cap, rows.tail_lse, rows.tail_offset, dq,
+        None if settings.qk_format is None else rows.sparse_cap, rows.tail_lse, rows.tail_offset, rows.tail_cap, dq,
         *(step for x in (q, grad_out, k, v, dq) for step in matrix_steps(x)), dq.stride(2),
         heads, heads // k.shape[1], q_len, kv_len, blocks, T, slots, bits.shape[2], batch * heads, exact.num_first,
         exact.last_start, settings.scale,

@@ -50,8 +50,8 @@ def _write(ptr, x, j, T):
 
 @gluon.jit
 def _consume(
-    bits_ptr, dk_bar_ptr, dv_bar_ptr, q_smem, grad_smem, k_smem, v_smem, rows_smem, k_full, full, empty, j, num_steps,
-    N_KV, T, words, scale, VALUES: gl.constexpr,
+    bits_ptr, dk_bar_ptr, dv_bar_ptr, q_smem, grad_smem, k_smem, v_smem, rows_smem, cap_smem, k_full, full, empty, j,
+    num_steps, N_KV, T, words, scale, VALUES: gl.constexpr, CAP: gl.constexpr,
 ):  # fmt: skip
     """The warps that compute; pointers are to its first query block's bits and to its sums."""
     D: gl.constexpr = q_smem.shape[2]
@@ -74,7 +74,8 @@ def _consume(
         word = gl.load(bits_ptr + ahead, mask=(place < words) & (step + 1 < num_steps), other=0)
         mbarrier.wait(full.index(slot), phase_of(step, STAGES))
         q, grad, rows = q_smem.index(slot), grad_smem.index(slot), rows_smem.index(slot)
-        dk, dv = add_rows(dk, dv, k_smem, v_smem, q, grad, rows, None, bias, scale * LOG2_E, VALUES)
+        cap = cap_smem.index(slot) if CAP else None
+        dk, dv = add_rows(dk, dv, k_smem, v_smem, q, grad, rows, cap, bias, scale * LOG2_E, VALUES)
         mbarrier.arrive(empty.index(slot), count=1)
     _write(dk_bar_ptr, dk, j, T)
     if VALUES:
@@ -85,7 +86,7 @@ def _consume(
 def _tail_kernel(
     q_tiles, grad_tiles, k_bar_tiles, v_bar_tiles, rows_tiles, bits_ptr, dk_bar_ptr, dv_bar_ptr, q_rows, q_head_rows,
     q_columns, grad_rows, grad_head_rows, grad_columns, H, N_KV, M, T, words, blocks_per_split, scale,
-    GROUP: gl.constexpr, VALUES: gl.constexpr, STAGES: gl.constexpr,
+    GROUP: gl.constexpr, VALUES: gl.constexpr, CAP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Grid (T / 64, splits, B G). VALUES: the tail's values are the means; dv_bar is not written otherwise."""
     D: gl.constexpr = q_tiles.block_type.shape[1]
@@ -103,6 +104,9 @@ def _tail_kernel(
     k_smem = gl.allocate_shared_memory(q_tiles.dtype, [64, D], q_tiles.layout)
     v_smem = gl.allocate_shared_memory(q_tiles.dtype, [64, D], q_tiles.layout)
     rows_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 2, 64], rows_tiles.layout)
+    cap_smem = rows_smem
+    if CAP:
+        cap_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 2, 64], rows_tiles.layout)
     k_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -113,11 +117,12 @@ def _tail_kernel(
     fence_async_shared()
     gl.warp_specialize(
         [
-            (_consume, (bits_ptr, dk_bar_ptr, dv_bar_ptr, q_smem, grad_smem, k_smem, v_smem, rows_smem, k_full, full,
-                        empty, j, num_steps, N_KV, T, words, scale, VALUES)),
+            (_consume, (bits_ptr, dk_bar_ptr, dv_bar_ptr, q_smem, grad_smem, k_smem, v_smem, rows_smem, cap_smem,
+                        k_full, full, empty, j, num_steps, N_KV, T, words, scale, VALUES, CAP)),
             (fetch_for_tail, (q_tiles, grad_tiles, k_bar_tiles, v_bar_tiles, rows_tiles, q_smem, grad_smem, k_smem,
-                              v_smem, rows_smem, k_full, full, empty, q_rows, q_head_rows, q_columns, grad_rows,
-                              grad_head_rows, grad_columns, kv_head, j, first, num_steps, H, M, T, GROUP)),
+                              v_smem, rows_smem, cap_smem, k_full, full, empty, q_rows, q_head_rows, q_columns,
+                              grad_rows, grad_head_rows, grad_columns, kv_head, j, first, num_steps, H, M, T, GROUP,
+                              CAP)),
         ],
         [1],
         [24],
@@ -151,6 +156,7 @@ def tail_gradient(
         *tiles, matrix_tiles(means.k_bar, BLOCK_K), matrix_tiles(means.v_bar if values else means.k_bar, BLOCK_K),
         statistics_tiles(rows), bits, dk_bar, dv_bar, *(step for x in (q, grad_out) for step in matrix_steps(x)),
         heads, kv_len, blocks, T, bits.shape[2], blocks_per_split, settings.scale,
-        GROUP=group, VALUES=values, STAGES=half_stages(dim), num_warps=4, maxnreg=HALF_REGISTERS,
+        GROUP=group, VALUES=values, CAP=values and settings.qk_format is not None,
+        STAGES=half_stages(dim), num_warps=4, maxnreg=HALF_REGISTERS,
     )  # fmt: skip
     return dk_bar, dv_bar

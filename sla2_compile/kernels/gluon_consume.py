@@ -14,6 +14,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from sla2_compile.kernels.gluon_fetch import query_block
 from sla2_compile.kernels.gluon_stream import (
     INTEGER_FLOAT,
+    LOG2_TOP_CODE,
     MEAN_BIAS,
     TOP_CODE,
     begin,
@@ -73,10 +74,18 @@ def _to_codes(q, scale, dtype: gl.constexpr):
 
 
 @gluon.jit
+def _of_values(acc, scale, layout: gl.constexpr, FP8: gl.constexpr):
+    """Sums (64, D) of codes as sums of what they stand for, by the channels' scales (D,), in another layout."""
+    if FP8:
+        acc = acc * gl.convert_layout(scale, gl.SliceLayout(0, acc.type.layout))[None, :]
+    return gl.convert_layout(acc, layout)
+
+
+@gluon.jit
 def consume(
     part: gl.constexpr, out_tiles, sparse_out_tiles, order_ptr, kept_ptr, bits_ptr, logit_ptr, gain_ptr, q_scale_ptr,
     v_scale_ptr, center_ptr, states_ptr, out_ptr, sparse_out_ptr, sparse_lse_ptr, tail_lse_ptr, q_smem, k_smem, v_smem,
-    scale_smem, k_bar_smem, v_bar_smem, state_smem, q_full, q_empty, full, empty, state_full, state_empty, head_start,
+    scale_smem, v_bar_smem, state_smem, q_full, q_empty, full, empty, state_full, state_empty, head_start,
     out_rows, out_head_rows, out_columns, out_sn, H, GROUP, N, N_KV, M, T, slots, words, num_heads, first_exact,
     last_exact, scale, RAGGED: gl.constexpr, TAIL: gl.constexpr, LINEAR: gl.constexpr, APART: gl.constexpr,
     PROMOTE: gl.constexpr, MAP: gl.constexpr,
@@ -86,8 +95,13 @@ def consume(
     SAVE: gl.constexpr = sparse_out_ptr is not None
     dtype: gl.constexpr = q_smem.dtype
     FP8_VALUES: gl.constexpr = v_smem.dtype == gl.float8e4nv
-    # Kept keys and means in one stretch, where nothing is written between and both are of one kind.
-    JOINED: gl.constexpr = TAIL and not SAVE and not APART and k_smem.dtype == dtype and v_smem.dtype == dtype
+    FP8_MEANS: gl.constexpr = TAIL and v_bar_smem.dtype == gl.float8e4nv
+    # Kept keys and means in one stretch, where nothing is to be done between: both are of one kind, and no logit moves
+    # FP8's peaks by a fraction.
+    SAME_KIND: gl.constexpr = v_bar_smem.dtype == v_smem.dtype and (logit_ptr is None or not FP8_VALUES)
+    JOINED: gl.constexpr = TAIL and not SAVE and not APART and SAME_KIND
+    # The means are added to sums of codes.
+    SHARED: gl.constexpr = FP8_MEANS and not JOINED and not APART
     KEY_BYTES: gl.constexpr = k_smem.dtype.primitive_bitwidth // 8
     o_layout: gl.constexpr = out_layout(D, 2)
     row_layout: gl.constexpr = gl.SliceLayout(1, o_layout)
@@ -96,10 +110,13 @@ def consume(
     q_layout: gl.constexpr = left_operand(scores_layout(2), 2)
     codes_layout: gl.constexpr = left_operand(scores_layout(KEY_BYTES), KEY_BYTES)
     phi_layout: gl.constexpr = left_operand(o_layout, 2)
+    # Of FP8 values sums and total are TOP_CODE times too large, which cancels in all but log-sum-exps.
+    LOG2_UNIT: gl.constexpr = LOG2_TOP_CODE if FP8_VALUES and (FP8_MEANS or not TAIL) else 0.0
+    means_layout: gl.constexpr = out_layout(D, v_bar_smem.dtype.primitive_bitwidth // 8)
     last_size = N_KV - (T - 1) * 64
     factor = scale * LOG2_E
-    # What the mean of the last, short block weighs less than the others', as a score.
-    last_bias = (gl.log2(last_size.to(gl.float32)) - MEAN_BIAS) / factor
+    # What the mean of the last, short block weighs less than the others', in base 2.
+    last_bias = gl.log2(last_size.to(gl.float32)) - MEAN_BIAS
     # Of the ring, where the next tile arrives.
     slot, phase = 0, 0
     turn = 0
@@ -141,6 +158,10 @@ def consume(
         bias = 0.0
         if TAIL and not APART:
             bias = logit * LOG2_E
+        # Whole, so that codes do not depend on it; what that leaves is made up for when there are sums.
+        kept_bias = bias
+        if FP8_VALUES:
+            kept_bias = gl.floor(bias + 0.0 * factor)
         kept_factor = factor
         q = q_block.load(q_layout)
         kept_q = q
@@ -159,7 +180,7 @@ def consume(
         # -1, and a number of the same kind as those of slots.
         no_slot = gl.minimum(slot, -1)
         weights, peak, held, total, slot, phase = begin(
-            acc, peak, kept_q, k_smem, v_smem, scale_smem, full, slot, phase, count, num_waits, kept_factor, bias,
+            acc, peak, kept_q, k_smem, v_smem, scale_smem, full, slot, phase, count, num_waits, kept_factor, kept_bias,
             kept_row + 1, T, last_size, 0.0, False, RAGGED,
         )  # fmt: skip
         if part == 0:
@@ -167,20 +188,22 @@ def consume(
                 mbarrier.arrive(head_start, count=1)
         acc, weights, peak, held, total, used_slot, last_slot, slot, phase = stream(
             acc, weights, peak, held, total, kept_q, k_smem, v_smem, scale_smem, full, empty, no_slot, first_slot, slot,
-            phase, 1, count, num_waits, kept_factor, bias, kept_row + 1, T, last_size, 0.0, False, RAGGED, PROMOTE,
+            phase, 1, count, num_waits, kept_factor, kept_bias, kept_row + 1, T, last_size, 0.0, False, RAGGED, PROMOTE,
         )  # fmt: skip
         if JOINED:
             acc, weights, peak, held, total, used_slot, last_slot, slot, phase = stream(
-                acc, weights, peak, held, total, q, k_smem, v_smem, scale_smem, full, empty, used_slot, last_slot, slot,
-                phase, 0, num_means, num_means, factor, MEAN_BIAS, bits_ptr + block * words, T, last_size, last_bias,
-                True, RAGGED, False,
+                acc, weights, peak, held, total, kept_q, k_smem, v_smem, scale_smem, full, empty, used_slot, last_slot,
+                slot, phase, 0, num_means, num_means, kept_factor, MEAN_BIAS, bits_ptr + block * words, T, last_size,
+                last_bias, True, RAGGED, PROMOTE,
             )  # fmt: skip
         acc, token = issue_last(acc, weights, held, v_smem, last_slot, PROMOTE)
         total = row_totals(total, gl.SliceLayout(1, kept_layout))
         peak = gl.convert_layout(peak, gl.SliceLayout(1, kept_layout))
-        if q_scale_ptr is not None or LINEAR or (TAIL and not JOINED):
+        if LINEAR or (TAIL and not JOINED and q_scale_ptr is None):
             # Read again rather than held by registers that the loop needs.
             q = q_block.load(q_layout)
+            if q_scale_ptr is None:
+                kept_q = q
         channel_layout: gl.constexpr = gl.SliceLayout(0, q_layout)
         rest = 0.0
         phi = q
@@ -207,10 +230,10 @@ def consume(
             mask=index + gl.num_programs(0) < total_blocks, other=1,
         )  # fmt: skip
         acc = finish(acc, token, held, empty, used_slot, last_slot, PROMOTE)
-        if FP8_VALUES:
-            acc = acc * gl.convert_layout(v_scale * (1 / TOP_CODE), gl.SliceLayout(0, kept_layout))[None, :]
-            total = total * (1 / TOP_CODE)
-        acc = gl.convert_layout(acc, o_layout)
+        if FP8_VALUES and TAIL and not FP8_MEANS:
+            acc, total = acc * (1 / TOP_CODE), total * (1 / TOP_CODE)
+        if not SHARED:
+            acc = _of_values(acc, v_scale, o_layout, FP8_VALUES)
         total = gl.convert_layout(total, row_layout)
         peak = gl.convert_layout(peak, row_layout)
 
@@ -223,14 +246,17 @@ def consume(
         lse = gl.zeros([64], gl.float32, layout=row_layout)
         tail_lse = lse
         if SAVE or APART:
-            sparse_out = acc * (1 / total)[:, None]
+            sparse_out = acc
+            if SHARED:
+                sparse_out = _of_values(acc, v_scale, o_layout, FP8_VALUES)
+            sparse_out = sparse_out * (1 / total)[:, None]
         if SAVE:
             write_rows(
                 sparse_out_tiles, sparse_out_ptr, order_ptr, sparse_out.to(dtype), q_block, out_row, out_column,
                 first_row, N, out_sn,
             )  # fmt: skip
             tma.store_wait(0)
-            lse = (peak - bias + gl.log2(total)) * LN_2 - shift
+            lse = (peak - kept_bias + gl.log2(total) - LOG2_UNIT) * LN_2 - shift
             tail_lse = gl.full([64], float("-inf"), gl.float32, layout=row_layout)
             if LINEAR:
                 # Nobody reads it but where there is no tail.
@@ -241,38 +267,50 @@ def consume(
         gl.store(sparse_lse_ptr + wide_head * N + token_of_row, lse, mask=row < N)
         if TAIL and not JOINED:
             if num_means > 0:
+                tail_acc = acc
+                if APART:
+                    tail_acc = gl.zeros([64, D], gl.float32, layout=means_layout)
+                elif FP8_VALUES:
+                    fraction = gl.exp2(bias - kept_bias)
+                    tail_acc, total = acc * fraction, total * fraction
                 before, kept_total = peak, total
                 if APART:
-                    acc = gl.zeros([64, D], gl.float32, layout=o_layout)
                     # Not -inf, since all means of a tile can be those of kept blocks.
                     peak = gl.full([64], LOWEST_PEAK, gl.float32, layout=row_layout)
                 first_slot = slot
                 mean_weights, mean_peak, mean_held, mean_total, slot, phase = begin(
-                    acc, peak, q, k_bar_smem, v_bar_smem, scale_smem, full, slot, phase, num_means, num_means, factor,
-                    MEAN_BIAS, bits_ptr + block * words, T, last_size, last_bias, True, RAGGED,
+                    tail_acc, peak, kept_q, k_smem, v_bar_smem, scale_smem, full, slot, phase, num_means, num_means,
+                    kept_factor, MEAN_BIAS, bits_ptr + block * words, T, last_size, last_bias, True, RAGGED,
                 )  # fmt: skip
-                acc, mean_weights, mean_peak, mean_held, mean_total, used_slot, last_slot, slot, phase = stream(
-                    acc, mean_weights, mean_peak, mean_held, mean_total, q, k_bar_smem, v_bar_smem, scale_smem, full,
-                    empty, no_slot, first_slot, slot, phase, 1, num_means, num_means, factor, MEAN_BIAS,
-                    bits_ptr + block * words, T, last_size, last_bias, True, RAGGED, False,
+                tail_acc, mean_weights, mean_peak, mean_held, mean_total, used_slot, last_slot, slot, phase = stream(
+                    tail_acc, mean_weights, mean_peak, mean_held, mean_total, kept_q, k_smem, v_bar_smem, scale_smem,
+                    full, empty, no_slot, first_slot, slot, phase, 1, num_means, num_means, kept_factor, MEAN_BIAS,
+                    bits_ptr + block * words, T, last_size, last_bias, True, RAGGED, PROMOTE and FP8_MEANS,
                 )  # fmt: skip
-                acc, mean_token = issue_last(acc, mean_weights, mean_held, v_bar_smem, last_slot, False)
+                tail_acc, mean_token = issue_last(
+                    tail_acc, mean_weights, mean_held, v_bar_smem, last_slot, PROMOTE and FP8_MEANS
+                )
                 added = row_totals(mean_total, row_layout)
                 peak = gl.convert_layout(mean_peak, row_layout)
-                acc = finish(acc, mean_token, mean_held, empty, used_slot, last_slot, False)
+                tail_acc = finish(tail_acc, mean_token, mean_held, empty, used_slot, last_slot, PROMOTE and FP8_MEANS)
                 total = kept_total * gl.exp2(before - peak) + added
                 if SAVE:
                     # A tail too small beside the kept keys for its sum to be above 0 is still no empty one.
                     size = gl.where(added > 0, gl.log2(gl.where(added > 0, added, 1.0)), LOG2_SMALLEST)
-                    tail_lse = (peak + size) * LN_2
-                if APART:
+                    tail_lse = (peak + size - (LOG2_TOP_CODE if FP8_MEANS else 0.0)) * LN_2
+                if not APART:
+                    acc = tail_acc
+                else:
                     share = gl.full([64], logit * LOG2_E, gl.float32, layout=row_layout)
                     if gain_ptr is not None:
                         share += gl.load(gain_ptr + h) * (before + gl.log2(kept_total) - peak - gl.log2(added))
                     share = 1 / (1 + gl.exp2(-share))
-                    acc = q_block.load(o_layout).to(gl.float32) * share[:, None] + acc * ((1 - share) / added)[:, None]
+                    tail_out = _of_values(tail_acc, v_scale, o_layout, FP8_MEANS) * ((1 - share) / added)[:, None]
+                    acc = q_block.load(o_layout).to(gl.float32) * share[:, None] + tail_out
                     total = gl.full([64], 1.0, gl.float32, layout=row_layout)
         gl.store(tail_lse_ptr + wide_head * N + token_of_row, tail_lse, mask=row < N)
+        if SHARED:
+            acc = _of_values(acc, v_scale, o_layout, FP8_VALUES)
         acc = acc * ((1 - rest) / total)[:, None]
         if LINEAR:
             mbarrier.wait(state_full, turn & 1)

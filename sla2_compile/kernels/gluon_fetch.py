@@ -44,10 +44,19 @@ def fetch_state(state_tiles, block, state_smem, state_full, state_empty, turn):
 
 
 @gluon.jit
+def _fetch_scale(k_scale_ptr, block, scale_smem, empty, slot, phase):
+    """The scale of a block of codes, for all rows of scores alike, into the slot of its tile once that is empty."""
+    scale = gl.load(k_scale_ptr + block)
+    mbarrier.wait(empty.index(slot), phase ^ 1)
+    layout: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
+    scale_smem.index(slot).store(gl.full([64], scale, gl.float32, layout=layout))
+
+
+@gluon.jit
 def fetch(
     q_tiles, k_tiles, v_tiles, k_bar_tiles, v_bar_tiles, state_tiles, k_scale_ptr, kept_ptr, q_smem, k_smem, v_smem,
-    scale_smem, k_bar_smem, v_bar_smem, state_smem, q_full, q_empty, full, empty, state_full, state_empty, q_rows,
-    q_head_rows, q_columns, k_rows, k_head_rows, k_columns, v_rows, v_head_rows, v_columns, H, GROUP, M, T, slots,
+    scale_smem, v_bar_smem, state_smem, q_full, q_empty, full, empty, state_full, state_empty, q_rows, q_head_rows,
+    q_columns, k_rows, k_head_rows, k_columns, v_rows, v_head_rows, v_columns, H, GROUP, M, T, num_stored, slots,
     num_heads, first_exact, last_exact,
 ):  # fmt: skip
     """Every tensor is a matrix to it, whose rows are as far apart as two tokens; codes lie block after block.
@@ -72,11 +81,11 @@ def fetch(
         if k_smem.dtype == q_smem.dtype:
             k_row, k_column = b * k_rows + g * k_head_rows, g * k_columns
         else:
-            k_row, k_column = kv_head * T * 64, 0
+            k_row, k_column = kv_head * num_stored * 64, 0
         if v_smem.dtype == q_smem.dtype:
             v_row, v_column = b * v_rows + g * v_head_rows, g * v_columns
         else:
-            v_row, v_column = kv_head * T * D, 0
+            v_row, v_column = kv_head * num_stored * D, 0
         # Rows of a tile of values: keys, or channels where it is transposed.
         V_ROWS: gl.constexpr = v_tiles.block_type.shape[0]
         kept_row = kept_ptr + (head.to(gl.int64) * M + m) * (1 + slots)
@@ -84,19 +93,25 @@ def fetch(
         for i in range(count):
             j = gl.load(kept_row + 1 + i, mask=count < T, other=i)
             if k_scale_ptr is not None:
-                scale = gl.load(k_scale_ptr + kv_head * T + j)
-                mbarrier.wait(empty.index(slot), phase ^ 1)
-                layout: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
-                scale_smem.index(slot).store(gl.full([64], scale, gl.float32, layout=layout))
+                _fetch_scale(k_scale_ptr, kv_head * num_stored + j, scale_smem, empty, slot, phase)
             slot, phase = fetch_pair(
                 k_tiles, v_tiles, k_row + j * 64, k_column, v_row + j * V_ROWS, v_column, k_smem, v_smem, full, empty,
                 slot, phase,
             )  # fmt: skip
         if k_bar_tiles is not None:
-            for first in range(0, gl.where(count == T, 0, T), 64):
-                row = kv_head * T + first
+            # As codes means are the blocks behind the keys'.
+            k_row, v_row = kv_head * T, kv_head * T
+            if k_smem.dtype != q_smem.dtype:
+                k_row = (kv_head * num_stored + T) * 64
+            if v_bar_smem.dtype != q_smem.dtype:
+                v_row = (kv_head * num_stored + T) * D
+            V_BAR_ROWS: gl.constexpr = v_bar_tiles.block_type.shape[0]
+            for i in range(gl.where(count == T, 0, (T + 63) // 64)):
+                if k_scale_ptr is not None:
+                    _fetch_scale(k_scale_ptr, kv_head * num_stored + T + i, scale_smem, empty, slot, phase)
                 slot, phase = fetch_pair(
-                    k_bar_tiles, v_bar_tiles, row, 0, row, 0, k_bar_smem, v_bar_smem, full, empty, slot, phase
+                    k_bar_tiles, v_bar_tiles, k_row + i * 64, 0, v_row + i * V_BAR_ROWS, 0, k_smem, v_bar_smem, full,
+                    empty, slot, phase,
                 )  # fmt: skip
         if state_tiles is not None:
             fetch_state(state_tiles, head * M + m, state_smem, state_full, state_empty, turn)

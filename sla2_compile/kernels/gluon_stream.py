@@ -30,6 +30,8 @@ LOG2_TOP_CODE = gl.constexpr(math.log2(formats.TOP_CODE))
 # 1.5 * 2^23, around which float32's numbers are the integers; added as bits it makes one of an integer below 2^22.
 INTEGER_FLOAT = gl.constexpr(12582912.0)
 INTEGER_BITS = gl.constexpr(0x4B400000)
+# Two tiny scales must not make 0 of what a masked score, -inf, is multiplied by.
+SMALLEST_FACTOR = gl.constexpr(1e-35)
 
 
 @gluon.constexpr_function
@@ -106,15 +108,20 @@ def _mask_short(scores, tile, last, last_size):
 
 
 @gluon.jit
-def _mask_means(scores, low, high, first, T, last_bias, RAGGED: gl.constexpr):
-    """-inf for means of kept blocks, whose bits in the two words are set; `last_bias` for that of the short block."""
+def _mask_means(scores, low, high):
+    """-inf for means of kept blocks, whose bits in the two words are set."""
     column = gl.arange(0, KEYS, layout=gl.SliceLayout(0, scores.type.layout))
     # In two parts: the first is the same for all columns of a thread, the second a constant.
     word = (gl.where(column < 32, low, high) >> (column & 6)) >> (column & 25)
-    scores = gl.where(((word & 1) == 0)[None, :], scores, float("-inf"))
-    if RAGGED:
-        scores += gl.where(first + column == T - 1, last_bias, 0.0)[None, :]
-    return scores
+    return gl.where(((word & 1) == 0)[None, :], scores, float("-inf"))
+
+
+@gluon.jit
+def _weigh_short_mean(scores, factor, first, T, last_bias):
+    """Scores in base 2, with `last_bias` added for the mean of the last block, and the factor 1 that they then have."""
+    column = gl.arange(0, KEYS, layout=gl.SliceLayout(0, scores.type.layout))
+    scores = scores * factor[:, None] + gl.where(first + column == T - 1, last_bias, 0.0)[None, :]
+    return scores, gl.full([ROWS], 1.0, gl.float32, layout=factor.type.layout)
 
 
 @gluon.jit
@@ -124,7 +131,7 @@ def _factor(factor, q, scale_smem, slot):
     factor = gl.full([ROWS], factor, gl.float32, layout=layout)
     if q.dtype.primitive_bitwidth == 8:
         # From shared memory: read from a list of numbers, it would hold up the next scores.
-        factor *= scale_smem.index(slot).load(layout)
+        factor = gl.maximum(factor * scale_smem.index(slot).load(layout), SMALLEST_FACTOR)
     return factor
 
 
@@ -208,7 +215,9 @@ def begin(
     slot, phase = next_slot(slot, phase, STAGES)
     scores = _as_scores(warpgroup_mma_wait(0, deps=[token]))
     if MEANS:
-        scores = _mask_means(scores, low, high, 0, T, last_bias, RAGGED)
+        scores = _mask_means(scores, low, high)
+        if RAGGED:
+            scores, tile_factor = _weigh_short_mean(scores, tile_factor, 0, T, last_bias)
     elif RAGGED:
         scores = _mask_short(scores, gl.load(tile_ptr, mask=num_tiles < T, other=0), T - 1, last_size)
     weights, peak, rescale = _softmax(scores, peak, tile_factor, bias, FP8)
@@ -281,7 +290,9 @@ def _tiles(
             group_barrier()
         scores = _as_scores(warpgroup_mma_wait(1, deps=[token]))
         if MEANS:
-            scores = _mask_means(scores, low, high, i * KEYS, T, last_bias, RAGGED)
+            scores = _mask_means(scores, low, high)
+            if RAGGED:
+                scores, tile_factor = _weigh_short_mean(scores, tile_factor, i * KEYS, T, last_bias)
         elif RAGGED:
             scores = _mask_short(scores, gl.load(tile_ptr + i, mask=num_tiles < T, other=i), T - 1, last_size)
         weights, peak, rescale = _softmax(scores, peak, tile_factor, bias, FP8)
@@ -326,7 +337,7 @@ def stream(
         bias: added to scores in base 2.
         tile_ptr: the kept blocks' list; for MEANS the words of the block mask.
         T: number of key blocks; where num_tiles is as large, none is listed.
-        last_size, last_bias: keys of the last block; what its mean weighs less than others', as a product of q and k.
+        last_size, last_bias: keys of the last block; what its mean weighs less than others', in base 2.
         PROMOTE: add up the tiles' products outside of the tensor cores, which cut off all but some 14 bits of FP8 sums:
             that matters where very many tiles are added.
 

@@ -8,6 +8,7 @@ Dimension letters, everywhere in this package: B batch, H heads, N tokens, D hea
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -18,7 +19,12 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from sla2_compile.config import SLA2Config
 from sla2_compile.kernels.blocks import exact_blocks, exact_query_blocks, num_blocks, num_kept_blocks
 from sla2_compile.kernels.token_order import inverse_order, tile_order
-from sla2_compile.quant.formats import quantize_dequantize, quantize_dequantize_probabilities, statistics_dtype
+from sla2_compile.quant.formats import (
+    quantize_dequantize,
+    quantize_dequantize_probabilities,
+    rounds_means_values,
+    statistics_dtype,
+)
 
 # A row of the linear tail whose weights sum to less has none: near float32's smallest number they are noise.
 MIN_LINEAR_WEIGHT = 1e-30
@@ -73,14 +79,22 @@ def attention(
     kept = block_mask.repeat_interleave(config.block_q, 2)[:, :, :q_len]  # (B, H, N, T)
     kept_keys = kept.repeat_interleave(config.block_k, 3)[..., :kv_len]  # (B, H, N, N_kv)
 
-    sparse_out, sparse_lse = _sparse_branch(q, k, v, kept_keys & real[..., None, :], scale, config)
     k_bar, v_bar, log_n = (x.to(q.dtype) for x in (k_bar, v_bar, n.log()))
-    pooled_scores = q @ k_bar.mT * scale + log_n[..., None, :]
-    in_tail = ~kept & (n > 0)[..., None, :]  # (B, H, N, T)
-    pooled_probs, tail_lse = masked_softmax(pooled_scores, in_tail)
-    if config.tail == "pooled":
-        tail_out = pooled_probs @ v_bar
+    values, formats = v, config
+    if config.pv_format is not None:
+        values = quantize_dequantize(v, config.pv_format, (-2,))
+    if config.tail == "linear":
+        # It reads the means for a log-sum-exp alone, which then is not low-bit, as that tail is not.
+        formats = dataclasses.replace(config, qk_format=None, pv_format=None)
+    elif rounds_means_values(config.qk_format, config.pv_format):
+        # With the values' scales.
+        v_bar = quantize_dequantize(torch.cat([v, v_bar], -2), "fp8", (-2,))[..., kv_len:, :]
     else:
+        formats = dataclasses.replace(config, pv_format=None)
+    sparse_out, sparse_lse = _softmax_branch(q, k, values, kept_keys & real[..., None, :], 0.0, scale, config)
+    in_tail = ~kept & (n > 0)[..., None, :]  # (B, H, N, T)
+    tail_out, tail_lse = _softmax_branch(q, k_bar, v_bar, in_tail, log_n[..., None, :], scale, formats)
+    if config.tail == "linear":
         weights = feature_map(q, config.feature_map) @ feature_map(k, config.feature_map).mT
         weights = weights * (~kept_keys & real[..., None, :])
         total = weights.sum(-1, keepdim=True)
@@ -152,18 +166,20 @@ def _route(
     return (mask | (row < rows.num_first) | (row >= rows.last_start)) & ~empty
 
 
-def _sparse_branch(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, config: SLA2Config
+def _softmax_branch(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor | float, scale: float, config: SLA2Config
 ) -> tuple[Tensor, Tensor]:
-    """Softmax over the kept keys, at the precision asked for: (B, H, N, D) and its log-sum-exp (B, H, N)."""
+    """Softmax over kept keys or block means, at the precision asked for: (B, H, N, D) and its log-sum-exp (B, H, N).
+
+    `v` comes rounded to its format; `bias` is added to the scores.
+    """
     if config.qk_format is not None:
         q = quantize_blocks(q, config.block_q, config.qk_format)
         k = quantize_blocks(k, config.block_k, config.qk_format)
-    scores = q @ k.mT * scale
+    scores = q @ k.mT * scale + bias
     probs, lse = masked_softmax(scores, mask)
     if config.pv_format is not None:
         probs = quantize_dequantize_probabilities(probs, scores.masked_fill(~mask, -torch.inf).amax(-1), lse)
-        v = quantize_dequantize(v, config.pv_format, (-2,))
     return probs @ v, lse
 
 

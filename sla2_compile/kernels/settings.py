@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sla2_compile.kernels.blocks import ExactBlocks, exact_blocks, exact_query_blocks, max_kept_blocks, num_blocks
-from sla2_compile.quant.formats import statistics_dtype
+from sla2_compile.quant.formats import rounds_means_values, statistics_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,11 @@ class Settings:
     def smooths_keys(self) -> bool:
         """Whether subtracting the keys' mean changes anything: softmax does not see it, phi and low bits do."""
         return self.tail == "linear" or self.is_low_bit
+
+    @property
+    def rounds_means_values(self) -> bool:
+        """Whether the values and probabilities of a pooled tail are FP8."""
+        return rounds_means_values(self.qk_format, self.pv_format)
 
     @property
     def is_low_bit(self) -> bool:

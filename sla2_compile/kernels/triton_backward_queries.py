@@ -84,7 +84,7 @@ def _kept_step(
 @triton.jit
 def _queries_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, kept_ptr, bits_ptr, k_bar_ptr, v_bar_ptr, n_ptr, k_mean_ptr, real_ptr, order_ptr,
-    sparse_lse_ptr, offset_ptr, sparse_cap_ptr, tail_lse_ptr, tail_offset_ptr, dq_ptr,
+    sparse_lse_ptr, offset_ptr, sparse_cap_ptr, tail_lse_ptr, tail_offset_ptr, tail_cap_ptr, dq_ptr,
     q_sb, q_sh, q_sn, k_sb, k_sh, k_sn, v_sb, v_sh, v_sn, grad_sb, grad_sh, grad_sn, real_sb,
     H, GROUP, N, N_KV, M, T, slots, words, first_exact, last_exact, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
@@ -165,6 +165,8 @@ def _queries_kernel(
         k_bar_ptr += kv_head * T * D
         v_bar_ptr += kv_head * T * D
         lse, offset = tl.load(tail_lse_ptr + statistics), tl.load(tail_offset_ptr + statistics)
+        if CAP and VALUES:
+            cap = tl.load(tail_cap_ptr + statistics)
         for first in tl.range(0, tl.where(keeps_all, 0, T), MEANS, num_stages=STAGES):
             j = first + tl.arange(0, MEANS)
             word = tl.load(bits_ptr + (j >> 5), mask=j < T, other=-1)
@@ -186,7 +188,10 @@ def _queries_kernel(
                     v_bar = load_tile(v_bar_ptr, j.to(tl.int64), j < T, D, D, BLOCK_D)
                     d_probs = tl.dot(grad, tl.trans(v_bar), input_precision=PRECISION)
             scores = scores * scale_log2 - lse[:, None]
-            d_scores = tl.exp2(scores + bias[None, :]) * (d_probs - offset[:, None])
+            scores += bias[None, :]
+            if CAP and VALUES:
+                scores = tl.minimum(scores, cap[:, None])
+            d_scores = tl.exp2(scores) * (d_probs - offset[:, None])
             dq = tl.dot(d_scores.to(k_bar.dtype), k_bar, dq, input_precision=PRECISION)
 
     # Where the result goes follows from the query block's number: nothing else of it is held during the loops.
@@ -227,7 +232,7 @@ def query_gradient(
     unit, strides = token_strides(q, k, v, grad_out)
     _queries_kernel[batch * heads * blocks * (settings.block_q // row_size),](
         q, k, v, grad_out, kept.contiguous(), bits, means.k_bar, means.v_bar, means.n, means.center, real, order,
-        rows.sparse_lse, rows.offset, rows.sparse_cap, rows.tail_lse, rows.tail_offset, dq,
+        rows.sparse_lse, rows.offset, rows.sparse_cap, rows.tail_lse, rows.tail_offset, rows.tail_cap, dq,
         *strides, 0 if real is None else real.stride(0),
         heads, heads // k.shape[1], q_len, kv_len, blocks, T, slots, bits.shape[2],
         exact.num_first, exact.last_start, settings.scale,

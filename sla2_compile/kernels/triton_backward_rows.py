@@ -12,8 +12,8 @@ With s = dO . O_s, d = dO . O, spread = s - d, gain g (0 for block mixing) and w
 
 so that the inner loops do not know of mixing. The quotient is bounded: where 1 - a is below 2^-64, spread is rounding
 error. Where smoothed keys' scores made the sparse log-sum-exp it carries q . mean(k) as well, and the kernels read k as
-it is. Low-bit scores may lie far below these: p is then kept at most a, `sparse_cap` its log2. Rows past the last token
-get probability 0.
+it is. Low-bit scores may lie far below these: p is then kept at most a, `sparse_cap` its log2, and r of a pooled tail
+at most 1 - a, `tail_cap`. Rows past the last token get probability 0.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from sla2_compile.kernels.triton_backward_loads import heads_fastest, in_element
 LOG2_E = tl.constexpr(1.4426950408889634)
 FIELDS = (
     "sparse_lse", "offset", "tail_lse", "tail_offset", "linear_weight", "linear_product", "sparse_cap",
+    "tail_cap",
 )  # fmt: skip
 
 
@@ -46,6 +47,7 @@ class Rows:
     linear_weight: Tensor
     linear_product: Tensor
     sparse_cap: Tensor
+    tail_cap: Tensor
 
 
 @triton.jit
@@ -127,6 +129,8 @@ def _rows_kernel(
             tail_lse = tail_lse * LOG2_E - log_rest
             tail_offset = d - tl.exp2(tl.minimum(z, 64.0)) * spread * (1 - gain)
             tl.store(rows_ptr + 3 * field_size + position, tail_offset)
+            if CAP:
+                tl.store(rows_ptr + 7 * field_size + position, log_rest)
         tl.store(rows_ptr + 2 * field_size + position, tl.where(in_tail, tail_lse, float("inf")))
     tl.store(d_logit_ptr + row, d_logit)
     tl.store(d_gain_ptr + row, d_gain)

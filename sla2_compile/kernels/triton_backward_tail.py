@@ -51,7 +51,7 @@ def tail_config(dim: int, itemsize: int, shared_memory: int, *, gathers: bool) -
 @triton.jit
 def _tail_kernel(
     q_ptr, grad_ptr, k_bar_ptr, v_bar_ptr, n_ptr, bits_ptr, order_ptr,
-    lse_ptr, offset_ptr, dk_bar_ptr, dv_bar_ptr,
+    lse_ptr, offset_ptr, cap_ptr, dk_bar_ptr, dv_bar_ptr,
     q_sb, q_sh, q_sn, grad_sb, grad_sh, grad_sn, H, N, M, T, words, steps_per_split, scale,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, ROWS: tl.constexpr,
     MEANS: tl.constexpr, VALUES: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -71,6 +71,8 @@ def _tail_kernel(
     grad_ptr += b * grad_sb + kv_head % G * GROUP * grad_sh
     lse_ptr += head * M * BLOCK_Q
     offset_ptr += head * M * BLOCK_Q
+    if cap_ptr is not None:
+        cap_ptr += head * M * BLOCK_Q
     bits_ptr += head * M * words
 
     k_bar = load_tile(k_bar_ptr + kv_head * T * D, j.to(tl.int64), j < T, D, D, BLOCK_D)
@@ -93,7 +95,10 @@ def _tail_kernel(
         bias = tl.where((word >> (j & 31)) & 1 == 0, log_n, float("-inf"))
         q = load_rows(q_ptr + in_group * q_sh, order_ptr, position, N, q_sn, ROWS, D, BLOCK_D)
         scores = tl.dot(k_bar, tl.trans(q), input_precision=PRECISION) * scale_log2 - lse[None, :]
-        probs = tl.exp2(scores + bias[:, None])
+        scores += bias[:, None]
+        if cap_ptr is not None:
+            scores = tl.minimum(scores, tl.load(cap_ptr + statistics)[None, :])
+        probs = tl.exp2(scores)
         d_probs = tl.zeros([MEANS, ROWS], tl.float32)
         if VALUES:
             grad = load_rows(grad_ptr + in_group * grad_sh, order_ptr, position, N, grad_sn, ROWS, D, BLOCK_D)
@@ -142,7 +147,8 @@ def tail_gradient(
     dv_bar = torch.empty_like(dk_bar) if values else None
     _tail_kernel[tiles, splits, batch * key_heads](
         q, grad_out, means.k_bar, means.v_bar, means.n, bits, order,
-        rows.tail_lse, rows.tail_offset, dk_bar, dv_bar,
+        rows.tail_lse, rows.tail_offset, rows.tail_cap if values and settings.qk_format is not None else None,
+        dk_bar, dv_bar,
         *strides, heads, q_len, blocks, T, bits.shape[2], steps_per_split,
         settings.scale, GROUP=group, D=dim, BLOCK_D=padded_dim(dim),
         BLOCK_Q=settings.block_q, ROWS=row_size,

@@ -2,6 +2,9 @@
 
 Keys: one scale per block after smoothing. Values: FP8 with one scale per channel over all keys, each block transposed,
 since 8-bit tensor cores want both operands of P V contiguous along the keys. Scales are those of `quant/formats.py`.
+The means that a pooled tail attends to follow as if they were more blocks of keys and values: kept keys and means then
+are one stretch of tiles to a kernel. Means of values are FP8 only where keys are too (`quant/formats.py`), with the
+values' scales, so that both add up in one sum.
 
 Queries have no codes in memory: only the attention kernel reads them, once, and it rounds them itself by the scales
 that `triton_statistics.py` found.
@@ -19,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.launch_arguments import MAX_REGISTERS, padded_dim, token_strides
 from sla2_compile.kernels.settings import Settings
 from sla2_compile.kernels.triton_backward_loads import heads_fastest, in_elements, is_real, load_tile, token_of
@@ -33,10 +37,12 @@ class Codes:
     """A field is None where its format is not low-bit."""
 
     q_scale: Tensor | None  # (B, H, M) float32
-    k: Tensor | None  # (B, G, T, block_k, D) codes of the smoothed keys, 0 where a key is not real
-    k_scale: Tensor | None  # (B, G, T) float32
-    v: Tensor | None  # (B, G, T, D, block_k) FP8 codes, keys in the order of `stored_key`
+    k: Tensor | None  # (B, G, T + S, block_k, D) codes of the smoothed keys, 0 where a key is not real
+    k_scale: Tensor | None  # (B, G, T + S) float32
+    v: Tensor | None  # (B, G, T + S, D, block_k) FP8 codes, keys in the order of `stored_key`
     v_scale: Tensor | None  # (B, G, D) float32
+    num_stored: int  # T + S: the S blocks past the keys' T hold the means that a pooled tail attends to
+    has_means_values: bool  # of v too: they are not written otherwise
 
 
 @triton.jit
@@ -92,7 +98,7 @@ def _scale_of(largest, LIMIT: tl.constexpr):
 @triton.jit
 def _codes_kernel(
     k_ptr, v_ptr, real_ptr, order_ptr, center_ptr, v_scale_ptr, k_codes_ptr, k_scale_ptr, v_codes_ptr,
-    k_sb, k_sh, k_sn, v_sb, v_sh, v_sn, real_sb, G, N_KV, T, num_k,
+    k_sb, k_sh, k_sn, v_sb, v_sh, v_sn, real_sb, G, N_KV, T, num_stored, num_k,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, VALUE_ROWS: tl.constexpr,
     FP8_KEYS: tl.constexpr, LIMIT: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
@@ -108,7 +114,7 @@ def _codes_kernel(
     pid = tl.where(is_value, pid - num_k, pid)
     b, g, block = heads_fastest(pid, G, T)
     kv_head = b * G + g
-    row = kv_head * T + block
+    row = kv_head * num_stored + block
     if real_ptr is not None:
         real_ptr += b * real_sb
     d = tl.arange(0, BLOCK_D)
@@ -153,26 +159,82 @@ def _codes_kernel(
                 tl.store(ptrs, tl.trans(code), mask=(d < D)[:, None])
 
 
+@triton.jit
+def _mean_codes_kernel(
+    k_mean_ptr, v_bar_ptr, n_ptr, center_ptr, v_scale_ptr, k_codes_ptr, k_scale_ptr, v_codes_ptr, G, T, num_stored,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, FP8_KEYS: tl.constexpr, LIMIT: tl.constexpr,
+):  # fmt: skip
+    """Grid (num_stored - T, B G): BLOCK_K means as a block of keys and values; k_codes_ptr, v_codes_ptr may be None."""
+    head = tl.program_id(1).to(tl.int64)
+    row = head * num_stored + T + tl.program_id(0)
+    d = tl.arange(0, BLOCK_D)
+    place = tl.arange(0, BLOCK_K)
+    first = tl.program_id(0) * BLOCK_K
+    if k_codes_ptr is not None:
+        j = first + place
+        # The mean of an empty block is not 0 after smoothing, and must not reach the scale.
+        filled = tl.load(n_ptr + head // G * T + j, mask=j < T, other=0.0) > 0
+        inside = filled[:, None] & (d < D)[None, :]
+        k = tl.load(k_mean_ptr + (head * T + j)[:, None] * D + d[None, :], mask=inside, other=0.0)
+        if center_ptr is not None:
+            center = tl.load(center_ptr + head * D + d, mask=d < D, other=0.0)
+            k = tl.where(inside, k - center[None, :], 0.0)
+        scale = _scale_of(tl.max(tl.max(tl.abs(k), 1), 0), LIMIT)
+        ptrs = k_codes_ptr + row * BLOCK_K * D + (place * D)[:, None] + d[None, :]
+        tl.store(ptrs, to_codes(k, scale, FP8_KEYS), (d < D)[None, :])
+        tl.store(k_scale_ptr + row, scale)
+    if v_codes_ptr is not None:
+        j = first + stored_key(place)
+        inside = (j < T)[:, None] & (d < D)[None, :]
+        v = tl.load(v_bar_ptr + (head * T + j)[:, None] * D + d[None, :], mask=inside, other=0.0)
+        v_scale = tl.load(v_scale_ptr + head * D + d, mask=d < D, other=1.0)
+        code = to_codes(v, v_scale[None, :], True)
+        ptrs = v_codes_ptr + row * D * BLOCK_K + (d * BLOCK_K)[:, None] + place[None, :]
+        tl.store(ptrs, tl.trans(code), mask=(d < D)[:, None])
+
+
 def low_bit_codes(
-    k: Tensor, v: Tensor, statistics: Statistics, real: Tensor | None, order: Tensor | None, settings: Settings
+    k: Tensor,
+    v: Tensor,
+    statistics: Statistics,
+    real: Tensor | None,
+    order: Tensor | None,
+    settings: Settings,
+    *,
+    with_means: bool,
 ) -> Codes:
-    """Codes of k and v (B, G, N_kv, D), last stride 1, in the settings' formats; without one nothing is launched."""
+    """Codes of k and v (B, G, N_kv, D), last stride 1, in the settings' formats; without one nothing is launched.
+
+    with_means: of their blocks' means too, of values only where they are rounded. They are rounded once, from float32.
+    """
     (batch, heads, _, dim), T = k.shape, statistics.n.shape[1]
+    with_means = with_means and settings.qk_format is not None
+    num_stored = T + (num_blocks(T, settings.block_k) if with_means else 0)
     k_codes = k_scale = v_codes = None
     if settings.qk_format is not None:
-        k_codes = k.new_empty(batch, heads, T, settings.block_k, dim, dtype=CODE_TYPES[settings.qk_format])
-        k_scale = k.new_empty(batch, heads, T, dtype=torch.float32)
+        k_codes = k.new_empty(batch, heads, num_stored, settings.block_k, dim, dtype=CODE_TYPES[settings.qk_format])
+        k_scale = k.new_empty(batch, heads, num_stored, dtype=torch.float32)
     if settings.pv_format is not None:
-        v_codes = v.new_empty(batch, heads, T, dim, settings.block_k, dtype=CODE_TYPES[settings.pv_format])
+        v_codes = v.new_empty(batch, heads, num_stored, dim, settings.block_k, dtype=CODE_TYPES[settings.pv_format])
     blocks = batch * heads * T
     num_k, num_v = (blocks if codes is not None else 0 for codes in (k_codes, v_codes))
     if num_k + num_v:
         (unit, strides), fp8_keys, block_d = token_strides(k, v), settings.qk_format == "fp8", padded_dim(dim)
         _codes_kernel[num_k + num_v,](
             k, v, real, order, statistics.center, statistics.v_scale, k_codes, k_scale, v_codes, *strides,
-            0 if real is None else real.stride(0), heads, k.shape[2], T, num_k,
+            0 if real is None else real.stride(0), heads, k.shape[2], T, num_stored, num_k,
             D=dim, BLOCK_D=block_d, BLOCK_K=settings.block_k, ROWS=min(settings.block_k, max(16, 8192 // block_d)),
             VALUE_ROWS=min(settings.block_k, max(16, 4096 // block_d)), FP8_KEYS=fp8_keys,
             LIMIT=FP8_MAX if fp8_keys else INT8_MAX, UNIT=unit, num_warps=4, maxnreg=MAX_REGISTERS,
         )  # fmt: skip
-    return Codes(statistics.q_scale, k_codes, k_scale, v_codes, statistics.v_scale)
+        if with_means:
+            _mean_codes_kernel[num_stored - T, batch * heads](
+                statistics.k_mean, statistics.v_bar, statistics.n, statistics.center, statistics.v_scale, k_codes,
+                k_scale, v_codes if settings.rounds_means_values else None, heads, T, num_stored,
+                D=dim, BLOCK_D=block_d, BLOCK_K=settings.block_k, FP8_KEYS=fp8_keys,
+                LIMIT=FP8_MAX if fp8_keys else INT8_MAX, num_warps=min(16, max(4, settings.block_k * block_d // 1024)),
+            )  # fmt: skip
+    return Codes(
+        statistics.q_scale, k_codes, k_scale, v_codes, statistics.v_scale, num_stored,
+        with_means and settings.rounds_means_values,
+    )  # fmt: skip

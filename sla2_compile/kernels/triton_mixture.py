@@ -5,7 +5,9 @@ pooled tail, row mixing and no learned gain the two are one softmax, so one accu
 sparse branch's output waits in memory, in the inputs' dtype, until the tail is known. A linear tail adds
 phi(q) H / (phi(q) . Z) to the weighted sparse branch with one more matmul; its states come from `triton_linear_state`.
 
-With low-bit formats the kept keys or values are the codes of `triton_low_bit`; q is rounded here. The tail is not.
+With low-bit formats the keys, kept ones and means, and the values are the codes of `triton_low_bit`; q is rounded here.
+Means of values are codes where keys are FP8 too. A linear tail is not low-bit, and neither is the log-sum-exp of means
+that it is mixed by.
 
 For shape (1, 12, 32760, 128) at 97 %: 0.19 TFLOP for 15 kept blocks, 0.10 for 512 block means.
 """
@@ -37,11 +39,14 @@ from sla2_compile.kernels.triton_backward_loads import (
 from sla2_compile.kernels.triton_low_bit import to_codes
 from sla2_compile.kernels.triton_mixture_steps import (
     LOG2_E,
+    LOG2_TOP_CODE,
     TOP_CODE,
     add_linear_tail,
     kept_step,
     rows_times,
+    scores_of_codes,
     softmax_step,
+    value_codes,
 )
 
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -77,13 +82,20 @@ def attention_config(block_d: int, itemsize: int, device: torch.device, *, low_b
 
 
 @triton.jit
+def _scales(ptr, kv_head, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(1, BLOCK_D) what codes of a head's values stand for, by channel."""
+    d = tl.arange(0, BLOCK_D)
+    return tl.load(ptr + kv_head * D + d, mask=d < D, other=0.0)[None, :]
+
+
+@triton.jit
 def _attention_kernel(
     q_ptr, k_ptr, v_ptr, k_tiles, v_tiles, k_bar_tiles, v_bar_tiles, kept_ptr, bits_ptr, k_bar_ptr, v_bar_ptr,
     n_ptr, center_ptr, q_scale_ptr, k_codes_ptr, k_scale_ptr, v_codes_ptr, v_scale_ptr, real_ptr, order_ptr,
     logit_ptr, gain_ptr, num_nonempty_ptr, states_ptr,
     out_ptr, sparse_out_ptr, sparse_lse_ptr, tail_lse_ptr,
     q_sb, q_sh, q_sn, k_sb, k_sh, k_sn, v_sb, v_sh, v_sn, out_sb, out_sh, out_sn, real_sb,
-    H, GROUP, N, N_KV, M, T, slots, words, first_exact, last_exact, scale,
+    H, GROUP, N, N_KV, M, T, num_stored, slots, words, first_exact, last_exact, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, MEANS: tl.constexpr, CHUNK: tl.constexpr, RAGGED: tl.constexpr, HAS_TAIL: tl.constexpr,
     LINEAR: tl.constexpr, ROW_MIXING: tl.constexpr, UNIFIED: tl.constexpr, MAP: tl.constexpr, FP8_KEYS: tl.constexpr,
@@ -104,6 +116,7 @@ def _attention_kernel(
     ROW_PARTS: tl.constexpr = BLOCK_Q // ROWS
     KEY_PARTS: tl.constexpr = BLOCK_K // KEYS
     SAVE: tl.constexpr = sparse_out_ptr is not None
+    FP8_MEANS: tl.constexpr = FP8_KEYS and v_codes_ptr is not None
     DROP: tl.constexpr = v_codes_ptr is not None and k_codes_ptr is None
     pid = tl.program_id(0)
     part, block = pid % ROW_PARTS, pid // ROW_PARTS
@@ -154,28 +167,32 @@ def _attention_kernel(
         acc, total, peak = kept_step(
             acc, total, peak, dropped, kept_q, kept_factor, q_ptr, token, exists, q_sn, k_ptr, v_ptr, k_tiles, v_tiles,
             k_codes_ptr, k_scale_ptr, v_codes_ptr, real_ptr, order_ptr, k_row, k_column, v_row, v_column, k_sn, v_sn,
-            kv_head, j, i % KEY_PARTS, N_KV, T, D, BLOCK_D, BLOCK_K, ROWS, KEYS, CHUNK, real_ptr is not None, DROP,
-            PRECISION,
+            kv_head, j, i % KEY_PARTS, N_KV, num_stored, D, BLOCK_D, BLOCK_K, ROWS, KEYS, CHUNK, real_ptr is not None,
+            DROP, PRECISION,
         )  # fmt: skip
     if RAGGED and real_ptr is None:
         for i in tl.range(unchecked, count * KEY_PARTS, num_stages=1):
             acc, total, peak = kept_step(
                 acc, total, peak, dropped, kept_q, kept_factor, q_ptr, token, exists, q_sn, k_ptr, v_ptr, None, None,
                 k_codes_ptr, k_scale_ptr, v_codes_ptr, None, order_ptr, 0, 0, 0, 0, k_sn, v_sn,
-                kv_head, T - 1, i % KEY_PARTS, N_KV, T, D, BLOCK_D, BLOCK_K, ROWS, KEYS, CHUNK, True, DROP, PRECISION,
+                kv_head, T - 1, i % KEY_PARTS, N_KV, num_stored, D, BLOCK_D, BLOCK_K, ROWS, KEYS, CHUNK, True, DROP,
+                PRECISION,
             )  # fmt: skip
+    # Of FP8 values acc and total are TOP_CODE times too large, which matters to log-sum-exps and other kinds of means.
+    log2_unit = 0.0
     if v_codes_ptr is not None:
-        d = tl.arange(0, BLOCK_D)
-        v_scale = tl.load(v_scale_ptr + kv_head * D + d, mask=d < D, other=0.0)
-        acc *= (v_scale / TOP_CODE)[None, :]
-        total /= TOP_CODE
+        if UNIFIED and FP8_MEANS:
+            log2_unit = LOG2_TOP_CODE
+        else:
+            acc *= _scales(v_scale_ptr, kv_head, D, BLOCK_D) / TOP_CODE
+            total /= TOP_CODE
 
-    if q_scale_ptr is not None:
+    if q_scale_ptr is not None and LINEAR:
         # Read again rather than held: the barrier keeps the compiler from making one load of the two.
         tl.debug_barrier()
         q = load_tile(q_ptr, token, exists, q_sn, D, BLOCK_D)
     out_ptr += b * out_sb + h * out_sh
-    sparse_lse = peak + tl.log2(total)
+    sparse_lse = peak + tl.log2(total) - log2_unit
     inverse = tl.where(total > 0, 1 / total, 0.0)
     statistics = head * N + token
     # What the saved log-sum-exps are to be less by, where the keys here were not smoothed.
@@ -184,7 +201,10 @@ def _attention_kernel(
         if center_ptr is not None and not DROP:
             shift = rows_times(center_ptr + kv_head * D, q_ptr, token, exists, q_sn, D, BLOCK_D, ROWS, CHUNK) * scale
         sparse_out_ptr += b * out_sb + h * out_sh
-        store_tile(sparse_out_ptr, token, exists, out_sn, acc * inverse[:, None], D, BLOCK_D)
+        sparse_out = acc * inverse[:, None]
+        if UNIFIED and FP8_MEANS:
+            sparse_out *= _scales(v_scale_ptr, kv_head, D, BLOCK_D)
+        store_tile(sparse_out_ptr, token, exists, out_sn, sparse_out, D, BLOCK_D)
         saved_lse = tl.where(total > 0, sparse_lse * LN_2 - shift, float("-inf"))
         tl.store(sparse_lse_ptr + statistics, saved_lse, mask=exists)
     else:
@@ -202,7 +222,12 @@ def _attention_kernel(
             logit = tl.load(logit_ptr + h * M + m)
         if UNIFIED:
             # The logit weighs the sparse branch: it lowers the tail's scores.
-            peak += logit * LOG2_E
+            bias = logit * LOG2_E
+            if FP8_MEANS:
+                # Peaks stay whole numbers, so that codes do not depend on the logit.
+                fraction = tl.exp2(bias - tl.floor(bias))
+                acc, total, bias = acc * fraction, total * fraction, tl.floor(bias)
+            peak += bias
         else:
             if not LINEAR:
                 store_tile(out_ptr, token, exists, out_sn, acc * inverse[:, None], D, BLOCK_D)
@@ -221,14 +246,19 @@ def _attention_kernel(
             num_nonempty = tl.load(num_nonempty_ptr + b)
         no_tail = count >= num_nonempty
         if not LINEAR or ROW_MIXING:
-            inverse_scale = 1 / scale_log2
             for first in tl.range(0, tl.where(no_tail, 0, T), MEANS, num_stages=STAGES):
                 j = first + tl.arange(0, MEANS)
                 word = tl.load(bits_ptr + (j >> 5), mask=j < T, other=-1)
                 n = tl.load(n_ptr + j, mask=j < T, other=0.0)
                 in_tail = ((word >> (j & 31)) & 1 == 0) & (n > 0)
-                bias = tl.where(in_tail, tl.log2(n) * inverse_scale, float("-inf"))
-                if PRECISION == "ieee":
+                factor = scale_log2
+                stored = kv_head * num_stored + T + first // BLOCK_K
+                if k_codes_ptr is not None and not LINEAR:
+                    scores, factor = scores_of_codes(
+                        kept_q, kept_factor, k_codes_ptr, k_scale_ptr, stored, first % BLOCK_K // MEANS, D, BLOCK_D,
+                        BLOCK_K, MEANS,
+                    )  # fmt: skip
+                elif PRECISION == "ieee":
                     scores = scores_in_float32(
                         q_ptr, token, exists, q_sn, k_bar_ptr, j.to(tl.int64), j < T, D, D, BLOCK_D, ROWS, MEANS, CHUNK
                     )
@@ -238,7 +268,7 @@ def _attention_kernel(
                     else:
                         k_bar = load_tile(k_bar_ptr, j.to(tl.int64), j < T, D, D, BLOCK_D)
                     scores = tl.dot(q, tl.trans(k_bar), input_precision=PRECISION)
-                scores += bias[None, :]
+                scores += tl.where(in_tail, tl.log2(n) / factor, float("-inf"))[None, :]
                 if LINEAR:
                     new_peak = tl.maximum(tail_peak, tl.max(scores, 1) * scale_log2)
                     base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
@@ -246,19 +276,23 @@ def _attention_kernel(
                     tail_total = tail_total * tl.exp2(tail_peak - base) + tl.sum(probs, 1)
                     tail_peak = new_peak
                 else:
-                    if v_bar_tiles is not None:
+                    if FP8_MEANS:
+                        v_bar = value_codes(v_codes_ptr, stored, first % BLOCK_K // MEANS, D, BLOCK_D, BLOCK_K, MEANS)
+                    elif v_bar_tiles is not None:
                         v_bar = v_bar_tiles.load([(kv_head * T).to(tl.int32) + first, 0])
                     else:
                         v_bar = load_tile(v_bar_ptr, j.to(tl.int64), j < T, D, D, BLOCK_D)
                     before = tail_peak
                     acc, tail_total, tail_peak = softmax_step(
-                        acc, tail_total, tail_peak, scores, v_bar, scale_log2, not UNIFIED, False, PRECISION
+                        acc, tail_total, tail_peak, scores, v_bar, factor, not UNIFIED, FP8_MEANS, PRECISION
                     )
                     if UNIFIED:
                         total *= tl.exp2(before - tail_peak)
         # A tail too small beside the kept keys for its sum to be above 0 is still no empty one.
         smallest = tl.where(no_tail, float("-inf"), tail_peak + LOG2_SMALLEST)
         tail_lse = tl.where(tail_total > 0, tail_peak + tl.log2(tail_total), smallest)
+        if FP8_MEANS and not LINEAR:
+            tail_lse -= LOG2_TOP_CODE
         if LINEAR and not ROW_MIXING:
             # Nobody reads it; the twin has the same.
             tail_lse = tl.where(keeps_all, tail_lse, 0.0)
@@ -270,6 +304,8 @@ def _attention_kernel(
         if UNIFIED:
             both = total + tail_total
             acc = acc * tl.where(both > 0, 1 / both, 0.0)[:, None]
+            if FP8_MEANS:
+                acc *= _scales(v_scale_ptr, kv_head, D, BLOCK_D)
         else:
             z = tl.zeros([ROWS], tl.float32) + logit
             if ROW_MIXING:
@@ -288,7 +324,10 @@ def _attention_kernel(
                 tl.debug_barrier()
                 sparse_out = load_tile(out_ptr, token, exists, out_sn, D, BLOCK_D).to(tl.float32)
                 tail_inverse = tl.where(tail_total > 0, 1 / tail_total, 0.0)
-                acc = acc * ((1 - weight) * tail_inverse)[:, None] + sparse_out * weight[:, None]
+                acc = acc * ((1 - weight) * tail_inverse)[:, None]
+                if FP8_MEANS:
+                    acc *= _scales(v_scale_ptr, kv_head, D, BLOCK_D)
+                acc += sparse_out * weight[:, None]
     store_tile(out_ptr, token, exists, out_sn, acc, D, BLOCK_D)
 
 
@@ -303,9 +342,11 @@ def attention(outputs: Outputs, inputs: AttentionInputs, settings: Settings, con
     # 8-bit instructions take 32 channels at a time.
     block_d = max(padded_dim(dim), 32 if codes.k is not None else 16)
     k_tiles = v_tiles = k_bar_tiles = v_bar_tiles = None
+    means = min(config.means, settings.block_k) if settings.is_low_bit else config.means
     if config.copy_engine and dim == block_d and kv_len > 1:
         k_bar_tiles, v_bar_tiles = (
-            _rows_of(x.flatten(0, 2)[None, None], config.means) for x in (statistics.k_bar, statistics.v_bar)
+            None if pooled and are_codes else _rows_of(x.flatten(0, 2)[None, None], means)
+            for x, are_codes in ((statistics.k_bar, codes.k is not None), (statistics.v_bar, codes.has_means_values))
         )
         if inputs.real is None and inputs.order is None:
             k_tiles = _rows_of(k, keys) if codes.k is None else None
@@ -318,10 +359,10 @@ def attention(outputs: Outputs, inputs: AttentionInputs, settings: Settings, con
         inputs.num_nonempty, inputs.states,
         outputs.out, outputs.sparse_out, outputs.sparse_lse, outputs.tail_lse, *strides,
         0 if inputs.real is None else inputs.real.stride(0),
-        heads, heads // k.shape[1], q_len, kv_len, blocks, T, slots, inputs.bits.shape[3],
+        heads, heads // k.shape[1], q_len, kv_len, blocks, T, codes.num_stored, slots, inputs.bits.shape[3],
         exact.num_first, exact.last_start, settings.scale,
         D=dim, BLOCK_D=block_d, BLOCK_Q=settings.block_q, BLOCK_K=settings.block_k, ROWS=rows, KEYS=keys,
-        MEANS=config.means, CHUNK=min(32, block_d), RAGGED=kv_len % settings.block_k != 0, HAS_TAIL=inputs.has_tail,
+        MEANS=means, CHUNK=min(32, block_d), RAGGED=kv_len % settings.block_k != 0, HAS_TAIL=inputs.has_tail,
         LINEAR=not pooled, ROW_MIXING=by_row,
         UNIFIED=inputs.has_tail and pooled and by_row and inputs.alpha_gain is None, MAP=settings.feature_map,
         FP8_KEYS=settings.qk_format == "fp8", PRECISION="ieee" if q.dtype == torch.float32 else "tf32",

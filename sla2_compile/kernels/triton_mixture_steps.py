@@ -17,6 +17,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 MIN_LINEAR_WEIGHT = tl.constexpr(1e-30)
 TOP_CODE = tl.constexpr(formats.TOP_CODE)
 LOG2_TOP_CODE = tl.constexpr(math.log2(formats.TOP_CODE))
+SMALLEST_FACTOR = tl.constexpr(1e-35)
 
 
 @triton.jit
@@ -53,11 +54,31 @@ def softmax_step(
 
 
 @triton.jit
+def scores_of_codes(
+    q, factor, codes_ptr, scale_ptr, block, part, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+    KEYS: tl.constexpr,
+):  # fmt: skip
+    """Products (ROWS, KEYS) of q's codes with part of a block of keys or means, and what makes scores of them."""
+    codes_ptr += (block * BLOCK_K + part * KEYS) * D
+    k = load_tile(codes_ptr, tl.arange(0, KEYS), None, D, D, BLOCK_D)
+    # Two tiny scales must not make 0 of a masked score's -inf.
+    return tl.dot(q, tl.trans(k)).to(tl.float32), tl.maximum(factor * tl.load(scale_ptr + block), SMALLEST_FACTOR)
+
+
+@triton.jit
+def value_codes(ptr, block, part, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, KEYS: tl.constexpr):
+    """Part of a stored block of values or means: (KEYS, BLOCK_D) codes."""
+    d = tl.arange(0, BLOCK_D)
+    ptrs = ptr + block * D * BLOCK_K + part * KEYS + d[:, None] * BLOCK_K + tl.arange(0, KEYS)[None, :]
+    return tl.trans(tl.load(ptrs) if D == BLOCK_D else tl.load(ptrs, mask=(d < D)[:, None], other=0.0))
+
+
+@triton.jit
 def kept_step(
     acc, total, peak, dropped, q, factor, q_ptr, q_token, exists, q_sn, k_ptr, v_ptr, k_tiles, v_tiles, k_codes_ptr,
     k_scale_ptr, v_codes_ptr, real_ptr, order_ptr, k_row, k_column, v_row, v_column, k_sn, v_sn, kv_head, j, part,
-    N_KV, T, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    CHUNK: tl.constexpr, CHECK: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
+    N_KV, num_stored, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr, CHUNK: tl.constexpr, CHECK: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Part `part` of kept key block j; with CHECK some keys may not be real; with DROP scores are less by `dropped`.
 
@@ -70,13 +91,9 @@ def kept_step(
     real = None
     if CHECK:
         real = is_real(real_ptr, token, position, N_KV)
-    d = tl.arange(0, BLOCK_D)
-    block = kv_head * T + j
+    block = kv_head * num_stored + j
     if k_codes_ptr is not None:
-        codes_ptr = k_codes_ptr + (block * BLOCK_K + part * KEYS) * D
-        k = load_tile(codes_ptr, tl.arange(0, KEYS), None, D, D, BLOCK_D)
-        factor *= tl.load(k_scale_ptr + block)
-        scores = tl.dot(q, tl.trans(k)).to(tl.float32)
+        scores, factor = scores_of_codes(q, factor, k_codes_ptr, k_scale_ptr, block, part, D, BLOCK_D, BLOCK_K, KEYS)
     elif PRECISION == "ieee":
         scores = scores_in_float32(
             q_ptr, q_token, exists, q_sn, k_ptr, token, real if CHECK else position < N_KV, k_sn,
@@ -93,8 +110,7 @@ def kept_step(
     if CHECK:
         scores = tl.where(real[None, :], scores, float("-inf"))
     if v_codes_ptr is not None:
-        ptrs = v_codes_ptr + block * D * BLOCK_K + part * KEYS + d[:, None] * BLOCK_K + tl.arange(0, KEYS)[None, :]
-        v = tl.trans(tl.load(ptrs) if D == BLOCK_D else tl.load(ptrs, mask=(d < D)[:, None], other=0.0))
+        v = value_codes(v_codes_ptr, block, part, D, BLOCK_D, BLOCK_K, KEYS)
     elif v_tiles is not None:
         v = v_tiles.load([v_row + first_key, v_column])
     else:

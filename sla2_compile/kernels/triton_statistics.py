@@ -28,7 +28,7 @@ class Statistics:
     q_mean: Tensor  # (B, H, M, D) float32; empty where q was not read
     k_mean: Tensor  # (B, G, T, D) float32, over the real tokens, not smoothed
     k_bar: Tensor  # (B, G, T, D) the same in the inputs' dtype, smoothed where the tail sees smoothed keys
-    v_bar: Tensor  # (B, G, T, D) in the inputs' dtype; k_bar stands in where v was not read
+    v_bar: Tensor  # (B, G, T, D) in the inputs' dtype, float32 where codes are made of it; k_bar where v was not read
     n: Tensor  # (B, T) float32 real tokens of each key block
     center: Tensor | None  # (B, G, D) float32 mean of all keys, what smoothing subtracts; None: keys are not smoothed
     q_scale: Tensor | None  # (B, H, M) float32 what a code of q stands for, with a low-bit qk_format
@@ -187,7 +187,9 @@ def block_statistics(
     float32 = torch.float32
     q_mean, k_mean = new(batch, heads, M, dim, dtype=float32), new(batch, key_heads, T, dim, dtype=float32)
     k_bar, n = new(batch, key_heads, T, dim), new(batch, T, dtype=float32)
-    v_bar = new(batch, key_heads, T, dim) if reads_v else k_bar
+    # To codes from float32, not by way of 16 bits.
+    v_bar_type = float32 if scales_v and settings.rounds_means_values else k.dtype
+    v_bar = new(batch, key_heads, T, dim, dtype=v_bar_type) if reads_v else k_bar
     q_scale = new(batch, heads, M, dtype=float32) if scales_q else None
     v_peak = new(batch, key_heads, T, dim, dtype=float32) if scales_v else None
     late_k_bar = smooths and smooth_k_bar

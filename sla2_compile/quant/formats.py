@@ -21,6 +21,14 @@ INT8_MAX = 127.0
 TOP_CODE = 256.0
 
 
+def rounds_means_values(qk_format: str | None, pv_format: str | None) -> bool:
+    """Whether a pooled tail's values and probabilities are FP8, as its keys are in the format of all keys.
+
+    Their error would be most of the output's where scores are rounded finely; with FP8 for all it is one of many.
+    """
+    return qk_format == "fp8" and pv_format == "fp8"
+
+
 # Values, their format and the dimensions that share a scale, to what they become.
 Quantizer = Callable[[Tensor, str, tuple[int, ...]], Tensor]
 
