@@ -84,7 +84,7 @@ class Row:
 def all_rows() -> list[Row]:
     """In the order in which they are worth having."""
     learned = [
-        Row("sla2", sparsity, form, "learned", low_bit=low_bit, decides=form in (PAPER, DEFAULT))
+        Row("sla2", sparsity, form, "learned", low_bit=low_bit, decides=form == PAPER or (low_bit and sparsity == 0.97))
         for sparsity, form, low_bit in itertools.product((0.97, 0.95), (PAPER, DEFAULT), (True, False))
     ]
     other_forms = [Row("sla2", sparsity, form, "learned") for sparsity in (0.97, 0.95) for form in FORMS[1:3]]
