@@ -47,6 +47,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     run = commands.add_parser("run", parents=[common], help="run jobs that are not done")
     run.add_argument("--budget-seconds", type=float, default=1500, help="stop cleanly after this time (default: 1500)")
     run.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="names of jobs (fnmatch)")
+    run.add_argument(
+        "--job-seconds",
+        type=float,
+        help="begin no job with less time left (default: as long as the longest so far took)",
+    )
     run.add_argument("--bundle", type=Path, help="after every job put all that must come back into this folder")
     run.add_argument("--device", default=DEVICE)
     collect = commands.add_parser("collect", parents=[common], help="take in a bundle")
@@ -106,7 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
             if args.bundle:
                 storage.write_bundle(args.bundle)
 
-        failed = run_jobs(context, tuple(args.only), update_bundle)
+        failed = run_jobs(context, tuple(args.only), update_bundle, args.job_seconds)
         update_bundle()
         if failed:
             print(f"failed: {', '.join(failed)}")

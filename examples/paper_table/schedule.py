@@ -52,13 +52,19 @@ def _kind(job: Job) -> tuple[type, bool]:
     return type(job), isinstance(job, RowJob) and not job.row.trained
 
 
-def run_jobs(context: Context, patterns: tuple[str, ...], on_result: Callable[[], None] = lambda: None) -> list[str]:
+def run_jobs(
+    context: Context,
+    patterns: tuple[str, ...],
+    on_result: Callable[[], None] = lambda: None,
+    job_seconds: float | None = None,
+) -> list[str]:
     """Run what is pending, as far as the time goes; other processes may do the same with the same files.
 
     Args:
         context: what jobs share.
         patterns: names of jobs to run.
         on_result: called after every job that is done.
+        job_seconds: what a job is thought to take, so that none is begun too late; None: as `expected_seconds`.
 
     Returns:
         The names of jobs that failed. After one that took the device along there are no more.
@@ -77,7 +83,7 @@ def run_jobs(context: Context, patterns: tuple[str, ...], on_result: Callable[[]
         for job in pending(preset, storage, patterns):
             if job.name in failed:
                 continue
-            expected = expected_seconds(job, storage, preset)
+            expected = job_seconds or expected_seconds(job, storage, preset)
             if context.deadline - time.monotonic() < expected:
                 tell(f"{job.name}: too few seconds are left to begin what takes about {expected:.0f}")
                 continue
