@@ -50,7 +50,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     run.add_argument(
         "--job-seconds",
         type=float,
-        help="begin no job with less time left (default: as long as the longest so far took)",
+        help="begin no job with less time left (default: what the longest took)",
     )
     run.add_argument("--bundle", type=Path, help="after every job put all that must come back into this folder")
     run.add_argument("--device", default=DEVICE)
