@@ -7,7 +7,7 @@ and writes count alike, as in the copy. Operations, two per multiply-add, forwar
 
     kept     4 x (tokens in kept pairs of blocks) x D       half in the format of Q K^T, half in that of P V
     router   2 x M x T x D                                  16 bit
-    pooled   4 x N x T x D                                  16 bit
+    pooled   4 x N x T x D                                  half in the format of Q K^T, half in 16 bit or all-FP8's
     linear   2 x (N + N_kv) x D x D                         16 bit: phi(K)^T V and phi(Q) H
     row mixing with a linear tail  2 x N x T x D            16 bit: the tail's scores
 
@@ -28,6 +28,7 @@ import torch
 from benchmarks.timing import measure, short_error
 from sla2_compile.config import SLA2Config
 from sla2_compile.kernels.blocks import exact_query_blocks, max_kept_blocks, num_blocks
+from sla2_compile.quant.formats import rounds_means_values
 
 MATMUL_SIZE = 8192
 COPY_BYTES = 1 << 31
@@ -71,10 +72,20 @@ def attention_forward_work(shape: tuple[int, int, int, int], config: SLA2Config,
     """Least work of one SLA2 forward over q, k, v of `shape` (B, H, N, D)."""
     batch, heads, length, dim = shape
     rows, total = num_blocks(length, config.block_q), num_blocks(length, config.block_k)
-    flops = {DENSE_FORMAT: 2 * rows * total * dim + _tail_flops(length, dim, total, config)}
-    for number_format in (config.qk_format, config.pv_format):
+    flops = {DENSE_FORMAT: 2 * rows * total * dim}
+
+    def add(number_format: str | None, count: int) -> None:
         name = number_format or DENSE_FORMAT
-        flops[name] = flops.get(name, 0) + 2 * _kept_pairs(length, config) * dim
+        flops[name] = flops.get(name, 0) + count
+
+    for number_format in (config.qk_format, config.pv_format):
+        add(number_format, 2 * _kept_pairs(length, config) * dim)
+    tail = _tail_flops(length, dim, total, config)
+    if config.tail == "pooled":
+        add(config.qk_format, tail // 2)
+        add(config.pv_format if rounds_means_values(config.qk_format, config.pv_format) else None, tail // 2)
+    else:
+        add(None, tail)
     scaled = {name: batch * heads * count for name, count in flops.items()}
     return Work(4 * batch * heads * length * dim * itemsize, scaled)
 

@@ -33,8 +33,9 @@ class SLA2Config:
         block_q: query tokens per block.
         block_k: key tokens per block.
         feature_map: phi of the linear tail, applied over the head dimension.
-        qk_format: number format of Q K^T in the sparse branch; None is the inputs' own.
-        pv_format: number format of P V in the sparse branch; None is the inputs' own.
+        qk_format: number format of Q K^T in the sparse branch and a pooled tail; None is the inputs' own.
+        pv_format: number format of P V in the sparse branch, and in a pooled tail where both formats are "fp8"; None is
+            the inputs' own.
         fake_quant: round to the formats but compute in wider arithmetic, which any device can, instead of with the
             device's low-bit kernels. Gradients are the same.
         tail: what stands for the blocks that are not kept: softmax over their means ("pooled") or linear attention.

@@ -1,4 +1,4 @@
-"""Low-bit number formats of the sparse branch: codes, scales, and the values they stand for.
+"""Low-bit number formats of the softmax branches: codes, scales, and the values they stand for.
 
 Scales follow SageAttention2++ (arXiv 2505.21136): q and k per block of tokens, v per channel. Probabilities are scaled
 by a power of two for each row, and not by what fills the range: an online softmax then rounds to the same codes,
