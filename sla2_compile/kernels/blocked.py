@@ -21,6 +21,7 @@ from sla2_compile.kernels.reference import (
     at_least_float32,
     block_sums,
     feature_map,
+    quantize_blocks,
     split_blocks,
 )
 from sla2_compile.kernels.settings import Settings, empty_output, empty_saved, row_gain
@@ -327,17 +328,20 @@ def forward_rows(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """out and sparse_out (R, block_q, D), sparse_lse and tail_lse (R, block_q) of some query blocks (R, block_q, D)."""
     k, v, bias = gather_keys(values, kept, keeps_all)
+    queries = q
+    if settings.qk_format is not None:
+        queries = quantize_blocks(at_least_float32(q), settings.block_q, settings.qk_format)
     if keeps_all:
         # One problem with many rows, since all see the same keys.
-        together, lse = sparse_branch(q.flatten(0, 1)[None], k[:1], v[:1], bias, settings, fused=fused)
-        sparse_out, sparse_lse = together.view(q.shape), lse.view(q.shape[:2])
+        together, lse = sparse_branch(queries.flatten(0, 1)[None], k[:1], v[:1], bias, settings, fused=fused)
+        sparse_out, sparse_lse = together.view(q.shape).to(q.dtype), lse.view(q.shape[:2])
         return sparse_out, sparse_out, sparse_lse, torch.full_like(sparse_lse, -torch.inf)
-    sparse_out, sparse_lse = sparse_branch(q, k, v, bias, settings, fused=fused)
+    sparse_out, sparse_lse = sparse_branch(queries, k, v, bias, settings, fused=fused)
     block_mask = kept_block_mask(kept, head.log_n.shape[0])
     bias = tail_bias(head, block_mask)
     tail_out, tail_lse = None, torch.zeros_like(sparse_lse)
     if linear is None and settings.qk_format is not None:
-        tail_out, tail_lse = _low_bit_tail(q, values, bias, settings)
+        tail_out, tail_lse = _low_bit_tail(queries, values, bias, settings)
     elif linear is None or gain is not None:
         tail_out, tail_lse = _tail(q, head, bias, settings, fused)
     if linear is not None:
@@ -347,5 +351,5 @@ def forward_rows(
     no_tail = tail_is_empty(bias)
     a = mixing_weight(sparse_lse, tail_lse, no_tail, logit, gain)[..., None]
     assert tail_out is not None
-    out = torch.lerp(tail_out.to(q.dtype), sparse_out, a.to(q.dtype))
+    out = torch.lerp(tail_out.to(sparse_out.dtype), sparse_out, a.to(sparse_out.dtype)).to(q.dtype)
     return out, sparse_out, sparse_lse, tail_lse

@@ -33,13 +33,17 @@ def softmax_attention(
             q[:, None], k[:, None], v[:, None], attn_mask=mask, scale=scale
         )
         return out[:, 0], lse[:, 0]
-    return _explicit(q, k, v, bias, scale, None)
+    out, lse = _explicit(q, k, v, bias, scale, None)
+    return out.to(q.dtype), lse
 
 
 def sparse_branch(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, settings: Settings, *, fused: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """`softmax_attention` at the precision the settings ask for; v comes already rounded to its format."""
+    """`softmax_attention` at the precision the settings ask for; with formats out is at least float32.
+
+    q and v come already rounded to theirs, since other keys are attended to with the same ones; k is rounded here.
+    """
     if settings.qk_format is None and settings.pv_format is None:
         return softmax_attention(q, k, v, bias, settings.scale, fused=fused)
     return _explicit(q, k, v, bias, settings.scale, settings)
@@ -49,14 +53,13 @@ def _explicit(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, low_bit: Settings | None
 ) -> tuple[Tensor, Tensor]:
     statistics = statistics_dtype(q.dtype)
-    queries, k, v = (x.to(statistics) for x in (q, k, v))
+    q, k, v = (x.to(statistics) for x in (q, k, v))
     if low_bit is not None and low_bit.qk_format is not None:
-        queries = quantize_blocks(queries, low_bit.block_q, low_bit.qk_format)
         k = quantize_blocks(k, low_bit.block_k, low_bit.qk_format)
-    scores = queries @ k.mT * scale
+    scores = q @ k.mT * scale
     if bias is not None:
         scores = scores + bias
     probs, lse = masked_softmax(scores, scores > -torch.inf)
     if low_bit is not None and low_bit.pv_format is not None:
         probs = quantize_dequantize_probabilities(probs, scores.amax(-1), lse)
-    return (probs @ v).to(q.dtype), lse
+    return probs @ v, lse
