@@ -198,8 +198,8 @@ def test_on_a_gpu_fake_quantisation_agrees_with_the_low_bit_kernels(
     if dtype == torch.bfloat16:
         # Its 8 bits are coarser than that: plain PyTorch rounds between the branches where the kernels do not.
         plain = replace(case, config=replace(case.config, qk_format=None, pv_format=None))
-        wide = replace(plain, **{name: x.detach().double() for name, x in plain.differentiable().items()})
-        limit = max(limit, EAGER_ERROR_FACTOR * relative_error(plain.op(), wide.op()))
+        wide = replace(plain, **{name: x.detach().cpu().double() for name, x in plain.differentiable().items()})
+        limit = max(limit, EAGER_ERROR_FACTOR * relative_error(plain.op().cpu(), wide.op()))
     assert relative_error(case.op(), fake.op()) < limit
 
 

@@ -68,17 +68,18 @@ def visit(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, settings: S
 class KeyHead:
     """One head's keys and values as blocks."""
 
-    k: Tensor  # (T, block_k, D), in the inputs' dtype
+    k: Tensor  # (T, block_k, D), in the inputs' dtype, or at least float32 where a format is yet to round them
     v: Tensor  # (T, block_k, D)
     k_bar: Tensor  # (T, D) means over real tokens, at least float32
     v_bar: Tensor  # (T, D)
     bias: Tensor | None  # (T, block_k) 0 where the key is real, else -inf; None: all are real
     log_n: Tensor  # (T,) log of the real tokens
     real: Tensor  # (T, block_k, 1) 1 where the key is real, else 0, in the statistics' dtype
+    dtype: torch.dtype  # of the inputs
 
     def pooled(self) -> tuple[Tensor, Tensor]:
         """k_bar and v_bar in the inputs' dtype, as the tail attends to them; only the router needs more."""
-        return self.k_bar.to(self.k.dtype), self.v_bar.to(self.v.dtype)
+        return self.k_bar.to(self.dtype), self.v_bar.to(self.dtype)
 
 
 def key_head(inputs: Inputs, b: int, h: int, settings: Settings) -> KeyHead:
@@ -106,13 +107,15 @@ def block_head(
     if masked:
         # Keys and values that are not real may hold anything, NaN too: they must not reach a product.
         k, v = k.masked_fill(~real[:, None], 0), v.masked_fill(~real[:, None], 0)
-    n = num_real[:, None]
+    n, dtype = num_real[:, None], k.dtype
     k_sums, v_sums = block_sums(k, settings.block_k), block_sums(v, settings.block_k)
     k_bar, v_bar = k_sums / n.clamp(min=1), v_sums / n.clamp(min=1)
     weight = real[:, None].to(n.dtype)
     if settings.smooths_keys:
         k_mean = k_sums.sum(0) / n.sum().clamp(min=1)
-        k, k_bar = ((k - k_mean) * weight).to(k.dtype), k_bar - k_mean
+        k, k_bar = (k - k_mean) * weight, k_bar - k_mean
+        if settings.qk_format is None:
+            k = k.to(dtype)
     real_blocks = split_blocks(weight, settings.block_k)
     bias = torch.where(real_blocks[..., 0] > 0, 0.0, -torch.inf).to(weight.dtype) if has_padding else None
     return KeyHead(
@@ -123,6 +126,7 @@ def block_head(
         bias=bias,
         log_n=num_real.log(),
         real=real_blocks,
+        dtype=dtype,
     )
 
 
@@ -302,8 +306,7 @@ def _low_bit_tail(q: Tensor, values: KeyHead, bias: Tensor, settings: Settings) 
     # Rounded once, from float32; the mean of an empty block must not reach a scale.
     k_bar, v_bar = values.k_bar.masked_fill((values.log_n == -torch.inf)[:, None], 0), values.v_bar
     if not settings.rounds_means_values:
-        # In the inputs' dtype, which the keys still have.
-        v_bar, settings = v_bar.to(values.k.dtype), dataclasses.replace(settings, pv_format=None)
+        v_bar, settings = v_bar.to(values.dtype), dataclasses.replace(settings, pv_format=None)
     return sparse_branch(q, k_bar[None], v_bar[None], bias, settings)
 
 

@@ -117,9 +117,11 @@ def _mask_means(scores, low, high):
 
 
 @gluon.jit
-def _weigh_short_mean(scores, factor, first, T, last_bias):
+def _weigh_short_mean(scores, factor, first, T, last_bias, SHIFTED: gl.constexpr):
     """Scores in base 2, with `last_bias` added for the mean of the last block, and the factor 1 that they then have."""
     column = gl.arange(0, KEYS, layout=gl.SliceLayout(0, scores.type.layout))
+    if SHIFTED:
+        scores -= INTEGER_FLOAT
     scores = scores * factor[:, None] + gl.where(first + column == T - 1, last_bias, 0.0)[None, :]
     return scores, gl.full([ROWS], 1.0, gl.float32, layout=factor.type.layout)
 
@@ -136,13 +138,16 @@ def _factor(factor, q, scale_smem, slot):
 
 
 @gluon.jit
-def _softmax(scores, peak, factor, bias, FP8: gl.constexpr):
+def _softmax(scores, peak, factor, bias, FP8: gl.constexpr, SHIFTED: gl.constexpr):
     """One step of an online softmax in base 2: weights, the new peak, and what sums up to here shrink by.
 
     With FP8 peaks are whole numbers: codes then do not depend on which tiles came before. Otherwise a peak stands until
     it is exceeded by so much that weights could leave float16's range, so that the sums seldom shrink.
     """
-    new_peak = _row_maximum(scores) * factor + bias
+    largest = _row_maximum(scores)
+    if SHIFTED:
+        largest -= INTEGER_FLOAT
+    new_peak = largest * factor + bias
     if FP8:
         new_peak = gl.maximum(peak, gl.ceil(new_peak))
     else:
@@ -150,6 +155,8 @@ def _softmax(scores, peak, factor, bias, FP8: gl.constexpr):
     offset = new_peak - bias
     if FP8:
         offset -= LOG2_TOP_CODE
+    if SHIFTED:
+        offset += INTEGER_FLOAT * factor
     return gl.exp2(scores * factor[:, None] - offset[:, None]), new_peak, gl.exp2(peak - new_peak)
 
 
@@ -181,12 +188,17 @@ def _to_operand(weights, dtype: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
-def _as_scores(products):
-    """Products of 8-bit integers as float32, exactly: two instructions that run at full rate, unlike a conversion."""
+def _as_scores(products, SHIFTED: gl.constexpr):
+    """Products of 8-bit integers as float32, by instructions at full rate, unlike a conversion.
+
+    SHIFTED: INTEGER_FLOAT too large, which `_softmax` takes off in passing. What it takes off is rounded like the last
+    digit of a product: enough for weights in 16 bits, while codes of weights would change.
+    """
     if products.dtype == gl.int32:
-        return (products + INTEGER_BITS).to(gl.float32, bitcast=True) - INTEGER_FLOAT
-    else:
-        return products
+        products = (products + INTEGER_BITS).to(gl.float32, bitcast=True)
+        if not SHIFTED:
+            products -= INTEGER_FLOAT
+    return products
 
 
 @gluon.jit
@@ -205,6 +217,7 @@ def begin(
     """
     STAGES: gl.constexpr = k_smem.shape[0]
     FP8: gl.constexpr = v_smem.dtype == gl.float8e4nv
+    SHIFTED: gl.constexpr = q.dtype == gl.int8 and not FP8
     peak = gl.convert_layout(peak, gl.SliceLayout(1, q.type.layout.parent))
     low, high = 0, 0
     if MEANS:
@@ -213,14 +226,14 @@ def begin(
     token = _issue_scores(q, k_smem.index(slot))
     tile_factor = _factor(factor, q, scale_smem, slot)
     slot, phase = next_slot(slot, phase, STAGES)
-    scores = _as_scores(warpgroup_mma_wait(0, deps=[token]))
+    scores = _as_scores(warpgroup_mma_wait(0, deps=[token]), SHIFTED)
     if MEANS:
         scores = _mask_means(scores, low, high)
         if RAGGED:
-            scores, tile_factor = _weigh_short_mean(scores, tile_factor, 0, T, last_bias)
+            scores, tile_factor = _weigh_short_mean(scores, tile_factor, 0, T, last_bias, SHIFTED)
     elif RAGGED:
         scores = _mask_short(scores, gl.load(tile_ptr, mask=num_tiles < T, other=0), T - 1, last_size)
-    weights, peak, rescale = _softmax(scores, peak, tile_factor, bias, FP8)
+    weights, peak, rescale = _softmax(scores, peak, tile_factor, bias, FP8, SHIFTED and not (MEANS and RAGGED))
     if num_waits > 1:
         mbarrier.wait(full.index(slot), phase)
     held = gl.convert_layout(rescale, gl.SliceLayout(1, acc.type.layout))
@@ -266,6 +279,7 @@ def _tiles(
     """The loop of `stream` over tiles of which, if RAGGED, any can be the short one."""
     STAGES: gl.constexpr = k_smem.shape[0]
     FP8: gl.constexpr = v_smem.dtype == gl.float8e4nv
+    SHIFTED: gl.constexpr = q.dtype == gl.int8 and not FP8
     o_layout: gl.constexpr = acc.type.layout
     p_layout: gl.constexpr = left_operand(o_layout, v_smem.dtype.primitive_bitwidth // 8)
     sum_layout: gl.constexpr = gl.SliceLayout(1, total.type.layout)
@@ -288,14 +302,14 @@ def _tiles(
             # what it takes for an access to all shared memory, and here they wait for the scores in any case.
             give_back(empty, used_slot)
             group_barrier()
-        scores = _as_scores(warpgroup_mma_wait(1, deps=[token]))
+        scores = _as_scores(warpgroup_mma_wait(1, deps=[token]), SHIFTED)
         if MEANS:
             scores = _mask_means(scores, low, high)
             if RAGGED:
-                scores, tile_factor = _weigh_short_mean(scores, tile_factor, i * KEYS, T, last_bias)
+                scores, tile_factor = _weigh_short_mean(scores, tile_factor, i * KEYS, T, last_bias, SHIFTED)
         elif RAGGED:
             scores = _mask_short(scores, gl.load(tile_ptr + i, mask=num_tiles < T, other=i), T - 1, last_size)
-        weights, peak, rescale = _softmax(scores, peak, tile_factor, bias, FP8)
+        weights, peak, rescale = _softmax(scores, peak, tile_factor, bias, FP8, SHIFTED and not (MEANS and RAGGED))
         added = sum_in_thread(weights)
         after, after_phase = next_slot(slot, phase, STAGES)
         # Here and not where it is needed: a branch keeps the assembler from moving the next wait up to before the
