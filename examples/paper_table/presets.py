@@ -65,8 +65,8 @@ class Preset:
 # textures of their photographs and nothing one would recognise; hence fewer kinds of windows, more steps, and Muon,
 # with which a small model needed two thirds of the steps. Stage 1 took 25 to 40 s a form there. A sparse row's step has
 # 4.3 TFLOP of linear layers, 17 ms at 250 TFLOP/s, and its attention waits for the host, some 30 ms for eight calls
-# forward and backward. It was 79 ms, of which the GPU works 42: blocks of 16 are slow. To sample is 96 clips times 23 evaluations, 2 to 4 s, and
-# compiling a row 5 s, or 1 where a rehearsal has left its code in the caches.
+# forward and backward. It was 79 ms, of which the GPU works 42: blocks of 16 are slow. To sample is 96 clips times 23
+# evaluations, 2 to 4 s, and compiling a row 5 s, or 1 where a rehearsal has left its code in the caches.
 FULL = Preset(
     name="full",
     model=ModelConfig((16, 96, 96), (2, 4, 4), width=448, num_heads=7, num_layers=8, num_labels=len(SOURCES)),
