@@ -119,8 +119,7 @@ def measure_replay(function: Function, input_sets: InputSets, num_runs: int) -> 
     graphs: list[torch.cuda.CUDAGraph] = []
     for inputs in input_sets:
         graph = torch.cuda.CUDAGraph()
-        # Of this thread alone: a profiler that ran before has a thread of its own, whose calls would spoil it.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool):
             function(*inputs)
         graphs.append(graph)
     events = [torch.cuda.Event(enable_timing=True) for _ in range(num_runs + 1)]

@@ -19,6 +19,8 @@ from tolerances import (
 )
 from torch import Tensor
 
+from sla2_compile.kernels.reference import masked_softmax
+
 FORMATS = list(LOW_BIT)
 
 
@@ -149,6 +151,9 @@ def sixteen_bit_gradients(case: Case) -> dict[str, Tensor]:
     k_bar, v_bar = (x.unflatten(2, (-1, block_k)).mean(3) for x in (k, v))
     probs = (q @ k.mT * scale - sparse_lse[..., None]).clamp(max=0).exp() * kept_keys
     pooled_scores = q @ k_bar.mT * scale + math.log(block_k)
+    if case.config.qk_format is None:
+        # Only keys' formats reach the tail's log-sum-exp.
+        assert relative_error(masked_softmax(pooled_scores, ~kept)[1], tail_lse) < FLOAT64
     pooled = (pooled_scores - tail_lse[..., None]).clamp(max=0).exp() * ~kept
     tail_out = 2 * out - sparse_out
     d_sparse = 0.5 * probs * (grad_out @ v.mT - (grad_out * sparse_out).sum(-1, keepdim=True)) * scale
