@@ -96,10 +96,10 @@ def consume(
     dtype: gl.constexpr = q_smem.dtype
     FP8_VALUES: gl.constexpr = v_smem.dtype == gl.float8e4nv
     FP8_MEANS: gl.constexpr = TAIL and v_bar_smem.dtype == gl.float8e4nv
-    # A logit moves FP8's peaks, which are whole numbers, by a fraction.
-    FRACTION: gl.constexpr = FP8_VALUES and TAIL and not APART and logit_ptr is not None
-    # Kept keys and means in one stretch, where nothing is to be done between and both are of one kind.
-    JOINED: gl.constexpr = TAIL and not SAVE and not APART and not FRACTION and v_bar_smem.dtype == v_smem.dtype
+    # Kept keys and means in one stretch, where nothing is to be done between: both are of one kind, and no logit moves
+    # FP8's peaks by a fraction.
+    SAME_KIND: gl.constexpr = v_bar_smem.dtype == v_smem.dtype and (logit_ptr is None or not FP8_VALUES)
+    JOINED: gl.constexpr = TAIL and not SAVE and not APART and SAME_KIND
     # The means are added to sums of codes.
     SHARED: gl.constexpr = FP8_MEANS and not JOINED and not APART
     KEY_BYTES: gl.constexpr = k_smem.dtype.primitive_bitwidth // 8
@@ -158,10 +158,10 @@ def consume(
         bias = 0.0
         if TAIL and not APART:
             bias = logit * LOG2_E
+        # Whole, so that codes do not depend on it; what that leaves is made up for when there are sums.
         kept_bias = bias
-        if FRACTION:
-            # Whole, so that codes do not depend on it; what that leaves is made up for when there are sums.
-            kept_bias = gl.floor(bias)
+        if FP8_VALUES:
+            kept_bias = gl.floor(bias + 0.0 * factor)
         kept_factor = factor
         q = q_block.load(q_layout)
         kept_q = q
@@ -270,7 +270,7 @@ def consume(
                 tail_acc = acc
                 if APART:
                     tail_acc = gl.zeros([64, D], gl.float32, layout=means_layout)
-                elif FRACTION:
+                elif FP8_VALUES:
                     fraction = gl.exp2(bias - kept_bias)
                     tail_acc, total = acc * fraction, total * fraction
                 before, kept_total = peak, total
