@@ -164,6 +164,8 @@ def measure_training(
     if extra_bytes is not None:
         qkv_bytes = sum(x.nbytes for x in input_sets[0][:3])
         row |= {"extra_bytes": extra_bytes, "extra_over_qkv": extra_bytes / qkv_bytes}
+    # Before any profile: after one a capture may fail.
+    row |= try_replay(step, input_sets, timing.num_runs)
     if stages:
         outputs = [(function(*inputs), *inputs[:3]) for inputs in input_sets]
 
@@ -172,7 +174,7 @@ def measure_training(
 
         row["kernels_ms"] = measure_kernels(backward, outputs, num_runs=3)
         row["stages_ms"] = group(row["kernels_ms"], BACKWARD)
-    return row | try_replay(step, input_sets, timing.num_runs)
+    return row
 
 
 def figures(run: Run, timing: dict[str, Any], *works: Work) -> dict[str, Any]:

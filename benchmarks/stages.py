@@ -12,8 +12,10 @@ Rules = tuple[tuple[str, tuple[str, ...]], ...]
 
 OTHER = "other"
 SLA2 = "SLA2"
+DENSE = ("dense attention", ("flash", "cudnn", "sdpa", "fmha"))
 # A kernel's label is "<files that define it> <its name>"; the first rule with a word in the label decides.
 FORWARD: Rules = (
+    DENSE,
     ("linear tail", ("linear", "nvjet", "cutlass", "gemm", "xmma")),
     ("quantisation", ("low_bit", "quant")),
     ("block means", ("statistics",)),
@@ -29,7 +31,7 @@ BACKWARD: Rules = (
 )
 MODEL: Rules = (
     ("SLA2 attention", (SLA2,)),
-    ("dense attention", ("flash", "cudnn", "sdpa", "fmha")),
+    DENSE,
     ("Inductor", ("triton_",)),
     ("matmul", ("nvjet", "cutlass", "gemm", "xmma", "cublas")),
 )

@@ -68,8 +68,13 @@ def prepare(
     kept: Tensor,
     settings: Settings,
     route: Callable[..., Choice],
+    *,
+    copy_engine: bool = True,
 ) -> AttentionInputs:
-    """Everything that the attention kernels read; `route`, the router's, writes `kept`."""
+    """Everything that the attention kernels read; `route`, the router's, writes `kept`.
+
+    copy_engine: whether tensor descriptors may be used.
+    """
     # Only tensors no model makes have another stride along D than 1.
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     # A logit per head arrives expanded to all query blocks, without memory of its own for each.
@@ -82,7 +87,8 @@ def prepare(
     pooled = has_tail and settings.tail == "pooled"
     statistics = block_statistics(
         q, k, v, real, order, settings,
-        needs_v_bar=pooled, smooth_k_bar=settings.is_low_bit,
+        # Where the tail's keys are codes, they are made of `k_mean`.
+        needs_v_bar=pooled, smooth_k_bar=settings.is_low_bit and not (pooled and settings.qk_format is not None),
     )  # fmt: skip
     choice = route(
         statistics.q_mean, statistics.k_mean, statistics.n, proj_q, proj_k, kept, q.shape[2], kv_len, settings,
@@ -91,8 +97,9 @@ def prepare(
     if has_tail and settings.tail == "linear":
         assert statistics.center is not None
         states = linear_states(
-            k, v, choice.bits, statistics.n, statistics.center, real, order, settings, shared_memory(q.device)
-        )
+            k, v, choice.bits, statistics.n, statistics.center, real, order, settings, shared_memory(q.device),
+            copy_engine=copy_engine,
+        )  # fmt: skip
     # Last, when the key blocks' states are gone: together they would take more than the inputs.
     codes = low_bit_codes(k, v, statistics, real, order, settings, with_means=pooled)
     return AttentionInputs(

@@ -56,7 +56,7 @@ def forward(
     sparse_lse, tail_lse, kept = empty_saved(q, k, settings)
     route = traceable(triton_router.route) if ROUTER_IS_TRACEABLE else _route
     inputs = traceable(cuda_forward.prepare)(
-        q, k, v, attn_mask, proj_q, proj_k, alpha_logit, alpha_gain, kept, settings, route
+        q, k, v, attn_mask, proj_q, proj_k, alpha_logit, alpha_gain, kept, settings, route, copy_engine=False
     )
     config = attention_config(padded_dim(q.shape[3]), q.element_size(), q.device, low_bit=False)
     traceable(triton_mixture.attention)(

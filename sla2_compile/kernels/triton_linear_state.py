@@ -6,6 +6,7 @@ than reading h_j again for each kept block (0.05 TFLOP for shape (1, 12, 32760, 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
@@ -66,6 +67,8 @@ def linear_states(
     order: Tensor | None,
     settings: Settings,
     shared_memory: int,
+    *,
+    copy_engine: bool = True,
 ) -> Tensor:
     """H and Z of every query block, times a common factor that brings sums over all tokens to the size of v.
 
@@ -78,6 +81,7 @@ def linear_states(
         order: (N_kv,) int32 or None.
         settings: the op's.
         shared_memory: bytes of it that a program may use.
+        copy_engine: whether tensor descriptors may be used.
 
     Returns:
         (B H, M, D + 1, D) in k's dtype: H, and Z as its last row.
@@ -85,6 +89,7 @@ def linear_states(
     (key_heads, kv_len, dim), (batch, heads, blocks, _) = k.shape[1:], bits.shape
     factor = 2.0 ** -max(0, round(math.log2(kv_len / dim)))
     config = states_config(dim, k.element_size(), shared_memory)
+    config = dataclasses.replace(config, copy_engine=config.copy_engine and copy_engine)
     states = key_block_states(k, v, center, real, order, factor, settings, config)
     mask = tail_mask(bits, n, 1.0, key_heads, k.dtype)
     return tail_states(mask, states).view(batch * heads, blocks, dim + 1, dim)

@@ -50,18 +50,17 @@ def to_codes(x, scale, FP8: tl.constexpr):
     """`x` divided by its scale and rounded to nearest even: float32 to int8 or FP8 e4m3.
 
     The quotient is the correctly rounded one, by a step of Newton's method (Markstein 1990): values of 16 bits are
-    often just between two codes. Scales too small to have a reciprocal leave it a rounding error away.
+    often just between two codes. Scales too small to have a reciprocal leave it a rounding error away. No scale lets
+    it exceed the largest code by more than that, which rounds to the largest.
     """
     inverse = tl.minimum(tl.div_rn(1.0, scale), 1e38)
     quotient = x * inverse
     x = tl.fma(tl.fma(-quotient, scale, x), inverse, quotient)
     if FP8:
-        # Where a scale is tiny the quotient may exceed the largest code by a rounding error.
-        return tl.minimum(tl.maximum(x, -448.0), 448.0).to(tl.float8e4nv)
+        return x.to(tl.float8e4nv)
     else:
-        # Adding and taking away 1.5 * 2^23 leaves an integer, rounded to nearest even.
-        x = (x + 12582912.0) - 12582912.0
-        return tl.minimum(tl.maximum(x, -127.0), 127.0).to(tl.int8)
+        # Adding 1.5 * 2^23 leaves an integer, rounded to nearest even, in the lowest bits.
+        return (x + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
 
 
 @triton.jit

@@ -70,11 +70,61 @@ def _scores_kernel(
 
 
 @triton.jit
-def _rank(flags):
-    """How many flags (W, 32), 0 or 1, lie before each, word after word."""
-    in_word = tl.sum(flags, 1)
+def _ordered_code(x):
+    """float32 as unsigned integers in the same order."""
+    code = x.to(tl.int32, bitcast=True)
+    return tl.where(code < 0, ~code, code ^ -2147483648).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def _count_bits(x):
+    """How many bits of x, int32, are set."""
+    x = x.to(tl.uint32, bitcast=True)
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return ((x * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
+def _as_words(flags, place):
+    """Flags (W, 32), 0 or 1, as bits of int32 words (W,)."""
+    return tl.sum(flags << place[None, :], 1)
+
+
+@triton.jit
+def _rank(words, place):
+    """How many bits of words (W,) are set before each (W, 32)."""
+    in_word = _count_bits(words)
     before = tl.cumsum(in_word, 0) - in_word
-    return before[:, None] + tl.cumsum(flags, 1) - flags
+    return before[:, None] + _count_bits(words[:, None] & ((1 << place) - 1)[None, :])
+
+
+@triton.jit
+def _reached_by(codes, slots, T, num_exact, lowest, highest):
+    """(threshold, count): a code that the best `slots` of `codes` (BLOCK_T,) reach and no others; count is `slots`.
+
+    Where several equal the best one that would be too many, the threshold is theirs and the count is larger. Codes are
+    at least 1 but for padding; `num_exact` of them are the largest there is. The search halves the range of scores,
+    from `lowest` to `highest`: nine steps at 512 normal ones, where bits of the code from the highest would be twenty.
+    After 16 steps it halves the range of codes, which ends whatever the scores are.
+    """
+    low, high = tl.full([], 1, tl.uint32), tl.full([], 0xFFFFFFFF, tl.uint32)
+    count = tl.zeros([], tl.int32) + T
+    if num_exact >= slots:
+        low, count = high, tl.zeros([], tl.int32) + slots
+    step = tl.zeros([], tl.int32)
+    while (count != slots) & (high - low > 1):
+        middle = 0.5 * (lowest + highest)
+        by_score = tl.minimum(tl.maximum(_ordered_code(middle), low + 1), high - 1)
+        code = tl.where(step < 16, by_score, low + ((high - low) >> 1)).to(tl.uint32)
+        num_better = tl.sum((codes >= code).to(tl.int32), 0)
+        is_low = num_better >= slots
+        count = tl.where(is_low, num_better, count)
+        low, high = tl.where(is_low, code, low).to(tl.uint32), tl.where(is_low, high, code).to(tl.uint32)
+        lowest, highest = tl.where(is_low, middle, lowest), tl.where(is_low, highest, middle)
+        step += 1
+    return low, count
 
 
 @triton.jit
@@ -95,46 +145,43 @@ def _choose_kernel(
     word, place = tl.arange(0, WORDS), tl.arange(0, 32)
     t = word[:, None] * 32 + place[None, :]
     score = tl.load(scores_ptr + row * T + t, mask=t < T, other=0.0) + 0.0  # turns -0.0 into 0.0
-    # Unsigned integers in the order of the floats. Exact blocks come first, empty ones last, padding never.
-    code = score.to(tl.int32, bitcast=True)
-    code = tl.where(code < 0, ~code, code ^ -2147483648).to(tl.uint32, bitcast=True)
-    code = tl.minimum(tl.maximum(code, 2), 0xFFFFFFFE)
+    # In any order: then a thread has its own elements first.
+    lowest = tl.min(tl.reshape(tl.where(t < T, score, float("inf")), [BLOCK_T], can_reorder=True), 0)
+    highest = tl.max(tl.reshape(tl.where(t < T, score, float("-inf")), [BLOCK_T], can_reorder=True), 0)
+    # Exact blocks come first, empty ones last, padding never.
+    code = tl.minimum(tl.maximum(_ordered_code(score), 2), 0xFFFFFFFE)
     if num_nonempty_ptr is not None:
         real = tl.load(n_ptr + b * T + t, mask=t < T, other=0.0) > 0
         tl.store(num_nonempty_ptr + b, tl.sum(tl.sum(real.to(tl.int32), 1), 0), mask=row % (H * M) == 0)
         code = tl.where(real, code, 1)
     code = tl.where((t < first_key) | (t >= last_key), 0xFFFFFFFF, code)
     code = tl.where(t < T, code, 0).to(tl.uint32)
-    # A code that the best `slots` reach and no others, bit by bit from the highest; the slots-th best's where that has
-    # equals.
     all_codes = tl.reshape(code, [BLOCK_T], can_reorder=True)
-    threshold = tl.zeros([], tl.uint32)
-    digit = tl.full([], 0x80000000, tl.uint32)
-    reach = slots + 1
-    while (digit > 0) & (reach != slots):
-        num_better = tl.sum((all_codes >= (threshold | digit)).to(tl.int32), 0)
-        reach = tl.where(num_better >= slots, num_better, reach)
-        threshold = tl.where(num_better >= slots, threshold | digit, threshold).to(tl.uint32)
-        digit = digit >> 1
+    threshold, reach = _reached_by(all_codes, slots, T, first_key + T - last_key, lowest, highest)
     chosen = (code >= threshold) & (t < T)
     if reach != slots:
         # Not all that reach it have a place: of those that equal it, the first ones.
         num_better = tl.sum((all_codes > threshold).to(tl.int32), 0)
         equal = ((code == threshold) & (t < T)).to(tl.int32)
-        chosen = (code > threshold) | ((equal > 0) & (_rank(equal) < slots - num_better))
+        first = _rank(_as_words(equal, place), place) < slots - num_better
+        chosen = (code > threshold) | ((equal > 0) & first)
     if num_nonempty_ptr is not None:
         chosen = chosen & (tl.load(n_ptr + b * T + t, mask=t < T, other=0.0) > 0)
     chosen = chosen.to(tl.int32)
-    count = tl.sum(tl.sum(chosen, 1), 0)
+    chosen_words = _as_words(chosen, place)
+    count = tl.sum(_count_bits(chosen_words), 0)
 
     keeps_all = (m < first_row) | (m >= last_row)
     kept_ptr += row * (1 + slots)
     tl.store(kept_ptr, tl.where(keeps_all, T, count))
-    tl.store(kept_ptr + 1 + _rank(chosen), t, mask=chosen > 0)
+    tl.store(kept_ptr + 1 + _rank(chosen_words, place), t, mask=chosen > 0)
     slot = tl.arange(0, SLOTS)
     tl.store(kept_ptr + 1 + slot, tl.zeros([SLOTS], tl.int32), mask=(slot >= count) & (slot < slots))
-    bit = ((chosen > 0) | keeps_all | (t >= T)).to(tl.int32) << place[None, :]
-    tl.store(bits_ptr + row * words + word, tl.sum(bit, 1), mask=word < words)
+    # Blocks that there are not count as kept.
+    missing = tl.minimum(tl.maximum(word * 32 + 32 - T, 0), 32)
+    past_end = tl.where(missing == 32, -1, -1 << (32 - missing))
+    bits = tl.where(keeps_all, -1, chosen_words | tl.where(missing > 0, past_end, 0))
+    tl.store(bits_ptr + row * words + word, bits, mask=word < words)
 
 
 @dataclass(frozen=True)
