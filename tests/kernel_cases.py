@@ -46,6 +46,7 @@ class Case:
     router: bool = False  # a learned one
     popular: bool = False  # every query likes the same few keys
     equal: bool = False  # all keys and queries are the same: every score of the router is a tie
+    fading: bool = False  # each key block a sixteenth of the one before
     magnitude: float = 1.0  # of q and k
     key_offset: float = 0.0  # a mean of the keys for smoothing to remove
     without_keys: bool = False  # the last batch element has no real key
@@ -115,6 +116,9 @@ def problem(case: Case, device: str = "cpu", seed: int = 0) -> Problem:
     k, v = tokens(case.kv_heads, case.kv_len), tokens(case.kv_heads, case.kv_len)
     k = k + case.key_offset * torch.randn(case.dim, generator=generator).to(k)
     q, k = (case.magnitude * (x[:, :, :1, :].expand_as(x) if case.equal else x) for x in (q, k))
+    if case.fading:
+        block = torch.arange(case.kv_len) // case.block_k
+        k = k * (0.0625**block).to(k)[:, None]
     if case.popular:
         q = q + 1
         k[:, :, : case.block_k] += 2
@@ -256,6 +260,7 @@ FORWARD_CASES = {
     "all scores equal": Case(equal=True, learned=False, exact_suffix=5),
     "huge scores": Case(magnitude=300.0, learned=False),
     "huge scores, linear": Case(magnitude=300.0, tail="linear", mixing="block"),
+    "scores of many magnitudes": Case(fading=True, kv_len=470, learned=False),
     "no real key": Case(batch=2, masked=True, without_keys=True),
     "no real key, linear": Case(batch=2, masked=True, without_keys=True, tail="linear", mixing="block"),
     "nothing in the tail": Case(batch=2, masked=True, kv_len=16, q_len=40),

@@ -30,7 +30,7 @@ FAST = {
     "float32": [
         "pooled row, a logit per head", "pooled block", "linear block", "linear row", "masked",
         "tiles, masked, linear", "one token", "exact ends", "dense", "learned router, groups", "all scores equal",
-        "huge scores", "no real key", "nothing in the tail", "qk int8, pv fp8, pooled",
+        "huge scores", "scores of many magnitudes", "no real key", "nothing in the tail", "qk int8, pv fp8, pooled",
         "qk fp8, pv fp8, masked tiles, linear",
     ],
     "float16": ["pooled row, nothing learned", "huge scores, linear", "qk int8, pv None, masked tiles, linear"],
