@@ -95,101 +95,104 @@ def _scale_of(largest, LIMIT: tl.constexpr):
 
 
 @triton.jit
+def _write_key_codes(
+    k_ptr, real_ptr, order_ptr, center, codes_ptr, scale_ptr, first_token, N_KV, k_sn,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, FP8_KEYS: tl.constexpr,
+    LIMIT: tl.constexpr,
+):  # fmt: skip
+    """Codes and scale of one block of a head's keys."""
+    d, place = tl.arange(0, BLOCK_D), tl.arange(0, ROWS)
+    if ROWS == BLOCK_K:
+        # Read once: what the scale was found in is still in registers.
+        k = _smoothed_keys(k_ptr, real_ptr, order_ptr, center, first_token + place, N_KV, k_sn, D, BLOCK_D)
+        scale = _scale_of(tl.max(tl.max(tl.abs(k), 1), 0), LIMIT)
+        tl.store(codes_ptr + (place * D)[:, None] + d[None, :], to_codes(k, scale, FP8_KEYS), (d < D)[None, :])
+    else:
+        largest = tl.zeros([], tl.float32)
+        for first in tl.range(0, BLOCK_K, ROWS, num_stages=1):
+            position = first_token + first + place
+            k = _smoothed_keys(k_ptr, real_ptr, order_ptr, center, position, N_KV, k_sn, D, BLOCK_D)
+            largest = tl.maximum(largest, tl.max(tl.max(tl.abs(k), 1), 0))
+        scale = _scale_of(largest, LIMIT)
+        for first in tl.range(0, BLOCK_K, ROWS, num_stages=1):
+            position = first_token + first + place
+            k = _smoothed_keys(k_ptr, real_ptr, order_ptr, center, position, N_KV, k_sn, D, BLOCK_D)
+            ptrs = codes_ptr + ((first + place) * D)[:, None] + d[None, :]
+            tl.store(ptrs, to_codes(k, scale, FP8_KEYS), (d < D)[None, :])
+    tl.store(scale_ptr, scale)
+
+
+@triton.jit
+def _write_value_codes(
+    v_ptr, real_ptr, order_ptr, scale, codes_ptr, first_token, N_KV, v_sn,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Codes of one block of a head's values, transposed."""
+    d, place = tl.arange(0, BLOCK_D), tl.arange(0, ROWS)
+    for first in tl.range(0, BLOCK_K, ROWS, num_stages=1):
+        position = first_token + first + stored_key(place)
+        token = token_of(order_ptr, position, N_KV)
+        real = is_real(real_ptr, token, position, N_KV)
+        v = load_tile(v_ptr, token, real, v_sn, D, BLOCK_D).to(tl.float32)
+        ptrs = codes_ptr + (d * BLOCK_K)[:, None] + (first + place)[None, :]
+        tl.store(ptrs, tl.trans(to_codes(v, scale[None, :], True)), mask=(d < D)[:, None])
+
+
+@triton.jit
 def _codes_kernel(
-    k_ptr, v_ptr, real_ptr, order_ptr, center_ptr, v_scale_ptr, k_codes_ptr, k_scale_ptr, v_codes_ptr,
-    k_sb, k_sh, k_sn, v_sb, v_sh, v_sn, real_sb, G, N_KV, T, num_stored, num_k,
+    k_ptr, v_ptr, real_ptr, order_ptr, k_mean_ptr, v_bar_ptr, n_ptr, center_ptr, v_scale_ptr, k_codes_ptr, k_scale_ptr,
+    v_codes_ptr, k_sb, k_sh, k_sn, v_sb, v_sh, v_sn, real_sb, G, N_KV, T, num_stored, num_k, num_v,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, VALUE_ROWS: tl.constexpr,
     FP8_KEYS: tl.constexpr, LIMIT: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Grid (num_k + num_v,): blocks of k, then of v; heads vary fastest, as they do in memory.
+    """Grid (num_k + num_v + num_means,): blocks of k, of v, of their means; heads vary fastest, as they do in memory.
 
-    k_codes_ptr or v_codes_ptr may be None, and what belongs to it. ROWS, VALUE_ROWS: keys and values of a step. LIMIT:
-    the largest code of a key.
+    k_codes_ptr or v_codes_ptr may be None, and what belongs to it; v_bar_ptr is where means of values get no codes.
+    ROWS, VALUE_ROWS: keys and values of a step. LIMIT: the largest code of a key.
     """
     k_sb, k_sh, k_sn = in_elements((k_sb, k_sh, k_sn), UNIT)
     v_sb, v_sh, v_sn = in_elements((v_sb, v_sh, v_sn), UNIT)
     pid = tl.program_id(0).to(tl.int64)
-    is_value = pid >= num_k
-    pid = tl.where(is_value, pid - num_k, pid)
-    b, g, block = heads_fastest(pid, G, T)
-    kv_head = b * G + g
-    row = kv_head * num_stored + block
-    if real_ptr is not None:
-        real_ptr += b * real_sb
     d = tl.arange(0, BLOCK_D)
-    if not is_value:
+    if pid < num_k:
         if k_codes_ptr is not None:
-            k_ptr += b * k_sb + g * k_sh
-            center = tl.load(center_ptr + kv_head * D + d, mask=d < D, other=0.0)
-            k_codes_ptr += row * BLOCK_K * D
-            place = tl.arange(0, ROWS)
-            if ROWS == BLOCK_K:
-                # Read once: what the scale was found in is still in registers.
-                k = _smoothed_keys(k_ptr, real_ptr, order_ptr, center, block * BLOCK_K + place, N_KV, k_sn, D, BLOCK_D)
-                scale = _scale_of(tl.max(tl.max(tl.abs(k), 1), 0), LIMIT)
-                tl.store(
-                    k_codes_ptr + (place * D)[:, None] + d[None, :], to_codes(k, scale, FP8_KEYS), (d < D)[None, :]
-                )
-            else:
-                largest = tl.zeros([], tl.float32)
-                for first in tl.range(0, BLOCK_K, ROWS, num_stages=1):
-                    position = block * BLOCK_K + first + place
-                    k = _smoothed_keys(k_ptr, real_ptr, order_ptr, center, position, N_KV, k_sn, D, BLOCK_D)
-                    largest = tl.maximum(largest, tl.max(tl.max(tl.abs(k), 1), 0))
-                scale = _scale_of(largest, LIMIT)
-                for first in tl.range(0, BLOCK_K, ROWS, num_stages=1):
-                    position = block * BLOCK_K + first + place
-                    k = _smoothed_keys(k_ptr, real_ptr, order_ptr, center, position, N_KV, k_sn, D, BLOCK_D)
-                    ptrs = k_codes_ptr + ((first + place) * D)[:, None] + d[None, :]
-                    tl.store(ptrs, to_codes(k, scale, FP8_KEYS), (d < D)[None, :])
-            tl.store(k_scale_ptr + row, scale)
-    else:
+            b, g, block = heads_fastest(pid, G, T)
+            row = (b * G + g) * num_stored + block
+            if real_ptr is not None:
+                real_ptr += b * real_sb
+            center = tl.load(center_ptr + (b * G + g) * D + d, mask=d < D, other=0.0)
+            _write_key_codes(
+                k_ptr + b * k_sb + g * k_sh, real_ptr, order_ptr, center, k_codes_ptr + row * BLOCK_K * D,
+                k_scale_ptr + row, block * BLOCK_K, N_KV, k_sn, D, BLOCK_D, BLOCK_K, ROWS, FP8_KEYS, LIMIT,
+            )  # fmt: skip
+    elif pid < num_k + num_v:
         if v_codes_ptr is not None:
-            v_ptr += b * v_sb + g * v_sh
-            v_scale = tl.load(v_scale_ptr + kv_head * D + d, mask=d < D, other=1.0)
-            value_place = tl.arange(0, VALUE_ROWS)
-            for first in tl.range(0, BLOCK_K, VALUE_ROWS, num_stages=1):
-                position = block * BLOCK_K + first + stored_key(value_place)
-                token = token_of(order_ptr, position, N_KV)
-                real = is_real(real_ptr, token, position, N_KV)
-                v = load_tile(v_ptr, token, real, v_sn, D, BLOCK_D).to(tl.float32)
-                code = to_codes(v, v_scale[None, :], True)
-                ptrs = v_codes_ptr + row * D * BLOCK_K + (d * BLOCK_K)[:, None] + (first + value_place)[None, :]
-                tl.store(ptrs, tl.trans(code), mask=(d < D)[:, None])
-
-
-@triton.jit
-def _mean_codes_kernel(
-    k_mean_ptr, v_bar_ptr, n_ptr, center_ptr, v_scale_ptr, k_codes_ptr, k_scale_ptr, v_codes_ptr, G, T, num_stored,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, FP8_KEYS: tl.constexpr, LIMIT: tl.constexpr,
-):  # fmt: skip
-    """Grid (num_stored - T, B G): BLOCK_K means as a block of keys and values; k_codes_ptr, v_codes_ptr may be None."""
-    head = tl.program_id(1).to(tl.int64)
-    row = head * num_stored + T + tl.program_id(0)
-    d = tl.arange(0, BLOCK_D)
-    place = tl.arange(0, BLOCK_K)
-    first = tl.program_id(0) * BLOCK_K
-    if k_codes_ptr is not None:
-        j = first + place
-        # The mean of an empty block is not 0 after smoothing, and must not reach the scale.
-        filled = tl.load(n_ptr + head // G * T + j, mask=j < T, other=0.0) > 0
-        inside = filled[:, None] & (d < D)[None, :]
-        k = tl.load(k_mean_ptr + (head * T + j)[:, None] * D + d[None, :], mask=inside, other=0.0)
-        if center_ptr is not None:
+            b, g, block = heads_fastest(pid - num_k, G, T)
+            row = (b * G + g) * num_stored + block
+            if real_ptr is not None:
+                real_ptr += b * real_sb
+            v_scale = tl.load(v_scale_ptr + (b * G + g) * D + d, mask=d < D, other=1.0)
+            _write_value_codes(
+                v_ptr + b * v_sb + g * v_sh, real_ptr, order_ptr, v_scale, v_codes_ptr + row * D * BLOCK_K,
+                block * BLOCK_K, N_KV, v_sn, D, BLOCK_D, BLOCK_K, VALUE_ROWS,
+            )  # fmt: skip
+    else:
+        if k_codes_ptr is not None:
+            b, g, block = heads_fastest(pid - num_k - num_v, G, num_stored - T)
+            head = b * G + g
+            row = head * num_stored + T + block
             center = tl.load(center_ptr + head * D + d, mask=d < D, other=0.0)
-            k = tl.where(inside, k - center[None, :], 0.0)
-        scale = _scale_of(tl.max(tl.max(tl.abs(k), 1), 0), LIMIT)
-        ptrs = k_codes_ptr + row * BLOCK_K * D + (place * D)[:, None] + d[None, :]
-        tl.store(ptrs, to_codes(k, scale, FP8_KEYS), (d < D)[None, :])
-        tl.store(k_scale_ptr + row, scale)
-    if v_codes_ptr is not None:
-        j = first + stored_key(place)
-        inside = (j < T)[:, None] & (d < D)[None, :]
-        v = tl.load(v_bar_ptr + (head * T + j)[:, None] * D + d[None, :], mask=inside, other=0.0)
-        v_scale = tl.load(v_scale_ptr + head * D + d, mask=d < D, other=1.0)
-        code = to_codes(v, v_scale[None, :], True)
-        ptrs = v_codes_ptr + row * D * BLOCK_K + (d * BLOCK_K)[:, None] + place[None, :]
-        tl.store(ptrs, tl.trans(code), mask=(d < D)[:, None])
+            # The mean of an empty block is not 0 after smoothing, and must not reach the scale: it is no real key.
+            _write_key_codes(
+                k_mean_ptr + head * T * D, n_ptr + b * T, None, center, k_codes_ptr + row * BLOCK_K * D,
+                k_scale_ptr + row, block * BLOCK_K, T, D, D, BLOCK_D, BLOCK_K, ROWS, FP8_KEYS, LIMIT,
+            )  # fmt: skip
+            if v_bar_ptr is not None:
+                v_scale = tl.load(v_scale_ptr + head * D + d, mask=d < D, other=1.0)
+                _write_value_codes(
+                    v_bar_ptr + head * T * D, None, None, v_scale, v_codes_ptr + row * D * BLOCK_K, block * BLOCK_K, T,
+                    D, D, BLOCK_D, BLOCK_K, VALUE_ROWS,
+                )  # fmt: skip
 
 
 def low_bit_codes(
@@ -215,25 +218,18 @@ def low_bit_codes(
         k_scale = k.new_empty(batch, heads, num_stored, dtype=torch.float32)
     if settings.pv_format is not None:
         v_codes = v.new_empty(batch, heads, num_stored, dim, settings.block_k, dtype=CODE_TYPES[settings.pv_format])
-    blocks = batch * heads * T
-    num_k, num_v = (blocks if codes is not None else 0 for codes in (k_codes, v_codes))
+    heads_of_all, means_values = batch * heads, with_means and settings.rounds_means_values
+    num_k, num_v = (heads_of_all * T if codes is not None else 0 for codes in (k_codes, v_codes))
     if num_k + num_v:
         (unit, strides), fp8_keys, block_d = token_strides(k, v), settings.qk_format == "fp8", padded_dim(dim)
-        _codes_kernel[num_k + num_v,](
-            k, v, real, order, statistics.center, statistics.v_scale, k_codes, k_scale, v_codes, *strides,
-            0 if real is None else real.stride(0), heads, k.shape[2], T, num_stored, num_k,
+        _codes_kernel[num_k + num_v + heads_of_all * (num_stored - T),](
+            k, v, real, order, statistics.k_mean, statistics.v_bar if means_values else None, statistics.n,
+            statistics.center, statistics.v_scale, k_codes, k_scale, v_codes, *strides,
+            0 if real is None else real.stride(0), heads, k.shape[2], T, num_stored, num_k, num_v,
             D=dim, BLOCK_D=block_d, BLOCK_K=settings.block_k, ROWS=min(settings.block_k, max(16, 8192 // block_d)),
             VALUE_ROWS=min(settings.block_k, max(16, 4096 // block_d)), FP8_KEYS=fp8_keys,
             LIMIT=FP8_MAX if fp8_keys else INT8_MAX, UNIT=unit, num_warps=4, maxnreg=MAX_REGISTERS,
         )  # fmt: skip
-        if with_means:
-            _mean_codes_kernel[num_stored - T, batch * heads](
-                statistics.k_mean, statistics.v_bar, statistics.n, statistics.center, statistics.v_scale, k_codes,
-                k_scale, v_codes if settings.rounds_means_values else None, heads, T, num_stored,
-                D=dim, BLOCK_D=block_d, BLOCK_K=settings.block_k, FP8_KEYS=fp8_keys,
-                LIMIT=FP8_MAX if fp8_keys else INT8_MAX, num_warps=min(16, max(4, settings.block_k * block_d // 1024)),
-            )  # fmt: skip
     return Codes(
-        statistics.q_scale, k_codes, k_scale, v_codes, statistics.v_scale, num_stored,
-        with_means and settings.rounds_means_values,
+        statistics.q_scale, k_codes, k_scale, v_codes, statistics.v_scale, num_stored, means_values
     )  # fmt: skip
