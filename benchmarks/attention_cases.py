@@ -55,7 +55,7 @@ class Preset:
 
 PRESETS = {
     "quick": Preset(
-        (SMALL, LARGE), (SMALL,), (PLAIN, "qk int8", FASTEST_EXPECTED), (8192, 32768), (0.9, 0.97), 0.3, 300
+        (SMALL, LARGE), (SMALL,), (PLAIN, "qk int8", "qk fp8", FASTEST_EXPECTED), (8192, 32768), (0.9, 0.97), 0.3, 300
     ),
     "full": Preset(
         (SMALL, LARGE),

@@ -57,7 +57,7 @@ CASES = {
         f"{tail}, qk {qk_format}, pv {pv_format}": dataclasses.replace(
             case, qk_format=qk_format, pv_format=pv_format, key_offset=2.0, **RAGGED
         )
-        for qk_format, pv_format in (("int8", None), ("fp8", "fp8"), ("int8", "fp8"))
+        for qk_format, pv_format in (("int8", None), ("fp8", None), ("fp8", "fp8"), ("int8", "fp8"))
         for tail, case in {"pooled": POOLED, "linear": PAPERS}.items()
     },
 }

@@ -46,7 +46,7 @@ class Case:
     router: bool = False  # a learned one
     popular: bool = False  # every query likes the same few keys
     equal: bool = False  # all keys and queries are the same: every score of the router is a tie
-    fading: bool = False  # each key block a sixteenth of the one before
+    fading: bool = False  # each key block a sixteenth of the one before, 24 of them
     magnitude: float = 1.0  # of q and k
     key_offset: float = 0.0  # a mean of the keys for smoothing to remove
     without_keys: bool = False  # the last batch element has no real key
@@ -117,7 +117,7 @@ def problem(case: Case, device: str = "cpu", seed: int = 0) -> Problem:
     k = k + case.key_offset * torch.randn(case.dim, generator=generator).to(k)
     q, k = (case.magnitude * (x[:, :, :1, :].expand_as(x) if case.equal else x) for x in (q, k))
     if case.fading:
-        block = torch.arange(case.kv_len) // case.block_k
+        block = torch.arange(case.kv_len) // case.block_k % 24
         k = k * (0.0625**block).to(k)[:, None]
     if case.popular:
         q = q + 1

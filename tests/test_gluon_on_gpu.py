@@ -32,6 +32,8 @@ FORWARD: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "tiles, linear": ({**GRID, **LINEAR}, ("logit",)),
     "int8": ({"qk_format": "int8"}, ()),
     "fp8": (FP8, ()),
+    "fp8 keys": ({"qk_format": "fp8"}, ()),
+    "fp8 keys, linear": ({"qk_format": "fp8", **LINEAR}, ("logit",)),
     "int8, fp8": ({"qk_format": "int8", "pv_format": "fp8"}, ()),
     "fp8, linear": ({**FP8, **LINEAR}, ("logit",)),
     "exact ends": ({"exact_prefix": 300, "exact_suffix": 60}, ()),
