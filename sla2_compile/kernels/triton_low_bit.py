@@ -141,22 +141,33 @@ def _write_value_codes(
 @triton.jit
 def _codes_kernel(
     k_ptr, v_ptr, real_ptr, order_ptr, k_mean_ptr, v_bar_ptr, n_ptr, center_ptr, v_scale_ptr, k_codes_ptr, k_scale_ptr,
-    v_codes_ptr, k_sb, k_sh, k_sn, v_sb, v_sh, v_sn, real_sb, G, N_KV, T, num_stored, num_means, num_k,
+    v_codes_ptr, k_sb, k_sh, k_sn, v_sb, v_sh, v_sn, real_sb, G, N_KV, T, num_stored, num_k, num_means,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, VALUE_ROWS: tl.constexpr,
     FP8_KEYS: tl.constexpr, LIMIT: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Grid (num_means + num_k + num_v,): blocks of means, of k, of v; heads vary fastest, as they do in memory.
+    """Grid (num_k + num_means + num_v,): blocks of k, of means, of v; heads vary fastest, as they do in memory.
 
-    Means come first: they take longest. k_codes_ptr or v_codes_ptr may be None, and what belongs to it; v_bar_ptr is
-    where means of values get no codes. ROWS, VALUE_ROWS: keys and values of a step. LIMIT: the largest code of a key.
+    k_codes_ptr or v_codes_ptr may be None, and what belongs to it; v_bar_ptr is where means of values get no codes.
+    ROWS, VALUE_ROWS: keys and values of a step. LIMIT: the largest code of a key.
     """
     k_sb, k_sh, k_sn = in_elements((k_sb, k_sh, k_sn), UNIT)
     v_sb, v_sh, v_sn = in_elements((v_sb, v_sh, v_sn), UNIT)
     pid = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
-    if pid < num_means:
+    if pid < num_k:
         if k_codes_ptr is not None:
-            b, g, block = heads_fastest(pid, G, num_stored - T)
+            b, g, block = heads_fastest(pid, G, T)
+            row = (b * G + g) * num_stored + block
+            if real_ptr is not None:
+                real_ptr += b * real_sb
+            center = tl.load(center_ptr + (b * G + g) * D + d, mask=d < D, other=0.0)
+            _write_key_codes(
+                k_ptr + b * k_sb + g * k_sh, real_ptr, order_ptr, center, k_codes_ptr + row * BLOCK_K * D,
+                k_scale_ptr + row, block * BLOCK_K, N_KV, k_sn, D, BLOCK_D, BLOCK_K, ROWS, FP8_KEYS, LIMIT,
+            )  # fmt: skip
+    elif pid < num_k + num_means:
+        if k_codes_ptr is not None:
+            b, g, block = heads_fastest(pid - num_k, G, num_stored - T)
             head = b * G + g
             row = head * num_stored + T + block
             center = tl.load(center_ptr + head * D + d, mask=d < D, other=0.0)
@@ -171,20 +182,9 @@ def _codes_kernel(
                     v_bar_ptr + head * T * D, None, None, v_scale, v_codes_ptr + row * D * BLOCK_K, block * BLOCK_K, T,
                     D, D, BLOCK_D, BLOCK_K, VALUE_ROWS,
                 )  # fmt: skip
-    elif pid < num_means + num_k:
-        if k_codes_ptr is not None:
-            b, g, block = heads_fastest(pid - num_means, G, T)
-            row = (b * G + g) * num_stored + block
-            if real_ptr is not None:
-                real_ptr += b * real_sb
-            center = tl.load(center_ptr + (b * G + g) * D + d, mask=d < D, other=0.0)
-            _write_key_codes(
-                k_ptr + b * k_sb + g * k_sh, real_ptr, order_ptr, center, k_codes_ptr + row * BLOCK_K * D,
-                k_scale_ptr + row, block * BLOCK_K, N_KV, k_sn, D, BLOCK_D, BLOCK_K, ROWS, FP8_KEYS, LIMIT,
-            )  # fmt: skip
     else:
         if v_codes_ptr is not None:
-            b, g, block = heads_fastest(pid - num_means - num_k, G, T)
+            b, g, block = heads_fastest(pid - num_k - num_means, G, T)
             row = (b * G + g) * num_stored + block
             if real_ptr is not None:
                 real_ptr += b * real_sb
@@ -223,10 +223,10 @@ def low_bit_codes(
     num_k, num_v = (batch * heads * T if codes is not None else 0 for codes in (k_codes, v_codes))
     if num_k + num_v:
         (unit, strides), fp8_keys, block_d = token_strides(k, v), settings.qk_format == "fp8", padded_dim(dim)
-        _codes_kernel[num_means + num_k + num_v,](
+        _codes_kernel[num_k + num_means + num_v,](
             k, v, real, order, statistics.k_mean, statistics.v_bar if means_values else None, statistics.n,
             statistics.center, statistics.v_scale, k_codes, k_scale, v_codes, *strides,
-            0 if real is None else real.stride(0), heads, k.shape[2], T, num_stored, num_means, num_k,
+            0 if real is None else real.stride(0), heads, k.shape[2], T, num_stored, num_k, num_means,
             D=dim, BLOCK_D=block_d, BLOCK_K=settings.block_k, ROWS=min(settings.block_k, max(16, 8192 // block_d)),
             VALUE_ROWS=min(settings.block_k, max(16, 4096 // block_d)), FP8_KEYS=fp8_keys,
             LIMIT=FP8_MAX if fp8_keys else INT8_MAX, UNIT=unit, num_warps=4, maxnreg=MAX_REGISTERS,

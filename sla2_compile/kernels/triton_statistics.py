@@ -49,9 +49,12 @@ def _block_sums(
         real = is_real(real_ptr, token, position, N)
         x = load_tile(x_ptr, token, real, sn, D, BLOCK_D).to(tl.float32)
         total += tl.sum(x, 0)
-        n += tl.sum(real.to(tl.float32), 0)
+        if real_ptr is not None:
+            n += tl.sum(real.to(tl.float32), 0)
         if PEAK:
             peak_over_rows = tl.maximum(peak_over_rows, tl.max(tl.abs(x), 0))
+    if real_ptr is None:
+        n += tl.minimum(BLOCK, N - first_token)
     return total, n, peak_over_rows
 
 
@@ -195,17 +198,20 @@ def block_statistics(
     late_k_bar = smooths and smooth_k_bar
     num_q, num_k, block_d = batch * heads * M, batch * key_heads * T, padded_dim(dim)
     unit, strides = token_strides(k if q is None else q, k, v)
-    # One warp was tuned on Hopper, in 16 bit at the default block sizes; elsewhere it gathers loads until it spills.
+    # Many small programs were tuned on Hopper, in 16 bit at the default block sizes; elsewhere one warp gathers loads
+    # until it spills.
     small = block_d <= 128 and max(settings.block_q, settings.block_k) <= 128
     tuned = capability(k.device)[0] in (0, 9) and k.element_size() == 2 and small
-    num_warps = 1 if tuned else k.element_size()
+    num_warps, elements, max_registers = k.element_size(), 4096, MAX_REGISTERS
+    if tuned:
+        num_warps, elements, max_registers = 1, 2048, 96 if real is None else MAX_REGISTERS
     _statistics_kernel[num_q + num_k * (1 + int(reads_v)),](
         q, k, v if reads_v else None, real, order, q_mean, q_scale, k_mean, None if late_k_bar else k_bar, v_bar,
         v_peak, n, *strides, 0 if real is None else real.stride(0),
         heads, key_heads, q_len, kv_len, M, T, num_q, num_k,
-        D=dim, BLOCK_D=block_d, BLOCK_Q=settings.block_q, BLOCK_K=settings.block_k, ROWS=max(16, 4096 // block_d),
+        D=dim, BLOCK_D=block_d, BLOCK_Q=settings.block_q, BLOCK_K=settings.block_k, ROWS=max(16, elements // block_d),
         LIMIT=FP8_MAX if settings.qk_format == "fp8" else INT8_MAX, UNIT=unit, num_warps=num_warps,
-        maxnreg=MAX_REGISTERS,
+        maxnreg=max_registers,
     )  # fmt: skip
     center = new(batch, key_heads, dim, dtype=float32) if smooths else None
     v_scale = None if v_peak is None else new(batch, key_heads, dim, dtype=float32)
