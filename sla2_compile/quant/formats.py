@@ -88,7 +88,10 @@ def round_trip(x: Tensor, number_format: str, dims: tuple[int, ...]) -> Tensor:
 
 def format_scale(values: Tensor, number_format: str, dims: tuple[int, ...]) -> Tensor:
     """What to divide values by so that they fill the format's range; 1 where all that share a scale are 0."""
-    scale = values.abs().amax(dims, keepdim=True) / (INT8_MAX if number_format == "int8" else FP8_MAX)
+    largest = values.abs().amax(dims, keepdim=True)
+    # By a tensor: a number CUDA turns into its reciprocal, and another last digit of a scale makes other codes of all
+    # the 16-bit values that are just between two.
+    scale = largest / torch.full_like(largest, INT8_MAX if number_format == "int8" else FP8_MAX)
     return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
