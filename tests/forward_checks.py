@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import kernel_cases as cases
 import torch
@@ -12,7 +13,10 @@ from torch import Tensor
 from sla2_compile.kernels import blocked, cuda_forward, reference
 from sla2_compile.kernels.blocked_routing import kept_block_mask
 from sla2_compile.kernels.blocks import num_blocks
+from sla2_compile.quant.formats import format_scale, quantized_by, round_to_format
 
+# Of the distance of two codes.
+TIE = 1e-4
 NAMES = ("out", "sparse_out", "sparse_lse", "tail_lse")
 
 
@@ -27,6 +31,7 @@ def forward_errors(case: cases.Case, p: cases.Problem, *, repeat: bool) -> dict[
         "rounded": the same with the formats emulated; all outputs, where the choice of blocks is the float64 one.
         "eager": the reference in the case's dtype against the reference in float64, both without formats.
         "unsaved": the output where nothing is saved for a backward, against the one where something is.
+        "ties": in float32, by how much saved outputs may be off for codes that lie between two; see `_tie_errors`.
     """
     found = cuda_forward.forward(*p.forward_arguments, True, case.settings)
     if repeat:
@@ -57,7 +62,27 @@ def forward_errors(case: cases.Case, p: cases.Problem, *, repeat: bool) -> dict[
     }
     if torch.equal(kept, twin[4]):
         errors["rounded"] |= _saved_errors(p, found, twin)
+        if case.qk_format is not None and case.dtype == torch.float32:
+            errors["ties"] = _tie_errors(case, p)
     return errors
+
+
+def _tie_errors(case: cases.Case, p: cases.Problem) -> dict[str, float]:
+    """The errors of saved outputs if every code that is nearly between two is the upper one, and not the lower.
+
+    In float32 smoothed means have lost digits and are off by up to half of TIE codes.
+    """
+    wide = p.to(torch.float64)
+
+    def leaning(x: Tensor, number_format: str, dims: tuple[int, ...], by: float) -> Tensor:
+        scale = format_scale(x, number_format, dims)
+        return round_to_format(x / scale + by, number_format) * scale
+
+    found = []
+    for by in (TIE, -TIE):
+        with quantized_by(partial(leaning, by=by)):
+            found.append(blocked.forward(*wide.forward_arguments, True, case.settings))
+    return _saved_errors(p, *found)
 
 
 def _saved_errors(p: cases.Problem, found: tuple[Tensor, ...], twin: tuple[Tensor, ...]) -> dict[str, float]:

@@ -57,7 +57,8 @@ def check(case: Case, errors: Errors, name: str, factor: float = EAGER_ERROR_FAC
         "codes": dict.fromkeys(errors.get("codes", ()), CODES),
         "states": dict.fromkeys(("H", "Z"), LINEAR_STATES[case.dtype]),
     }
-    limits["rounded"] |= dict.fromkeys(("sparse_lse", "tail_lse"), LOG_SUM_EXP[case.dtype])
+    ties = errors.get("ties", {})
+    limits["rounded"] |= {x: LOG_SUM_EXP[case.dtype] + ties.get(x, 0.0) for x in ("sparse_lse", "tail_lse")}
     for part, limit in limits.items():
         for what, error in errors.get(part, {}).items():
             assert error <= limit[what], (name, part, what, error, limit[what])
