@@ -99,7 +99,9 @@ def backward(
         correction = dk_bar = dv_bar = None
         if has_tail and not pooled:
             config = linear_config(*hardware)
-            correction = _linear_tail(dq, dk, dv, grad_out, q, k, v, real, order, means, rows, index, settings, config)
+            correction = _linear_tail(
+                dq, dk, dv, d_logit, grad_out, q, k, v, real, order, means, rows, index, settings, config
+            )
         if has_tail and (pooled or settings.mixing == "row"):
             of_tail = (grad_out, q, index.bits, means, rows)
             found = gluon_backward_tail.tail_gradient(*of_tail, real, order, k.shape[2], settings)
@@ -120,6 +122,7 @@ def _linear_tail(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
+    d_logit: Tensor,
     grad_out: Tensor,
     q: Tensor,
     k: Tensor,
@@ -132,7 +135,7 @@ def _linear_tail(
     settings: Settings,
     config: LinearConfig,
 ) -> Tensor:
-    """Write the linear tail's part of dq, dk, dv; return what K smoothing subtracts from dk, (B, G, D)."""
+    """Write the linear tail's part of dq, dk, dv and d logit; return what K smoothing subtracts from dk, (B, G, D)."""
     assert means.center is not None
     (batch, _, kv_len, dim), blocks = k.shape, index.bits.shape[1]
     # Powers of two that bring H, a sum over all tokens, and its gradient to the size of v and dO: fp16 needs it.
@@ -142,7 +145,9 @@ def _linear_tail(
     bits = index.bits.view(batch, -1, blocks, index.bits.shape[2])
     mask = tail_mask(bits, means.n, factor, k.shape[1], q.dtype)  # (B G, H / G M, padded T)
     states = tail_states(mask, states).view(-1, blocks, dim + 1, dim)
-    d_state, d_normalizer = linear_query_gradients(dq, grad_out, q, states, rows, order, settings, config, state_config)
+    d_state, d_normalizer = linear_query_gradients(
+        dq, grad_out, q, states, rows, d_logit, order, settings, config, state_config
+    )
     del states
     # H came with factor twice, dh goes with it once more.
     mask = mask[:, :, : means.n.shape[1]]

@@ -1,9 +1,11 @@
 """The linear tail's gradients on the side of the queries: dq, and those of the states H, Z of each query block.
 
-With w = phi(q) . Z and (1 - a) dO . O_l = dO . O - a dO . O_s (`linear_product`) the gradients are
+With w = phi(q) . Z and (1 - a) dO . O_l = phi(q) . dn H^T (`linear_product`) the gradients are
 
     numerator  dn = (1 - a) dO / w,    normaliser  dw = -linear_product / w
     dphi(q) = dn H^T + dw Z,           dH = phi(q)^T dn,    dZ = phi(q)^T dw
+
+and of a's logit, with block mixing, the sum of a ((1 - a) dO . O_s - linear_product) over the rows of a block.
 
 `H` and `Z` come divided by about the number of tokens per channel, so that 16-bit gradients keep the size of dO.
 """
@@ -43,7 +45,7 @@ def _query_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, ROWS: tl.constexpr, VALUES: tl.constexpr,
     MAP: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B M H BLOCK_Q / ROWS,): dq."""
+    """Grid (B M H BLOCK_Q / ROWS,): dq, and linear_product."""
     q_sb, q_sh, q_sn = in_elements((q_sb, q_sh, q_sn), UNIT)
     grad_sb, grad_sh, grad_sn = in_elements((grad_sb, grad_sh, grad_sn), UNIT)
     PARTS: tl.constexpr = BLOCK_Q // ROWS
@@ -57,10 +59,9 @@ def _query_kernel(
     states_ptr += row * (D + 1) * D
     phi, z, inverse = _phi_and_normalizer(q, states_ptr + D * D, D, BLOCK_D, MAP)
     weight = tl.load(weight_ptr + head * M * BLOCK_Q + position) * inverse
-    product = tl.load(product_ptr + head * M * BLOCK_Q + position) * inverse
     grad_ptr += b * grad_sb + h * grad_sh
     d, e = tl.arange(0, BLOCK_D), tl.arange(0, VALUES)
-    d_phi = -product[:, None] * z[None, :]
+    d_phi = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for first in tl.range(0, D, VALUES, num_stages=1):
         inside = (first + e < D)[None, :]
         grad_ptrs = grad_ptr + token[:, None] * grad_sn + (first + e)[None, :]
@@ -69,18 +70,24 @@ def _query_kernel(
         state = tl.load(h_ptrs, mask=(d < D)[:, None] & inside, other=0.0)
         d_numerator = to_finite(weight[:, None] * grad.to(tl.float32), state.dtype)
         d_phi = tl.dot(d_numerator, tl.trans(state), d_phi, input_precision=PRECISION)
+    product = tl.sum(phi * d_phi, 1)
+    tl.store(product_ptr + head * M * BLOCK_Q + position, product)
+    d_phi -= (product * inverse)[:, None] * z[None, :]
     dq = feature_map_gradient(q.to(tl.float32), phi, d_phi, MAP)
     store_tile(dq_ptr + (b * N * H + h) * D, token, exists, H * D, dq, D, BLOCK_D)
 
 
 @triton.jit
 def _state_kernel(
-    q_ptr, grad_ptr, order_ptr, states_ptr, weight_ptr, product_ptr, dh_ptr, dz_ptr,
-    q_sb, q_sh, q_sn, grad_sb, grad_sh, grad_sn, H, N, M,
+    q_ptr, grad_ptr, order_ptr, states_ptr, weight_ptr, product_ptr, offset_ptr, log_a_ptr, dh_ptr, dz_ptr,
+    d_logit_ptr, q_sb, q_sh, q_sn, grad_sb, grad_sh, grad_sn, H, N, M,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, ROWS: tl.constexpr, VALUES: tl.constexpr,
     MAP: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B M H, D / VALUES): dH (D, VALUES) and, once, dZ."""
+    """Grid (B M H, D / VALUES): dH (D, VALUES) and, once, dZ and with block mixing the logit's gradient.
+
+    d_logit_ptr None: mixing is by row. Otherwise the rows' offset is dO . O_s.
+    """
     q_sb, q_sh, q_sn = in_elements((q_sb, q_sh, q_sn), UNIT)
     grad_sb, grad_sh, grad_sn = in_elements((grad_sb, grad_sh, grad_sn), UNIT)
     b, h, m = heads_fastest(tl.program_id(0).to(tl.int64), H, M)
@@ -89,14 +96,20 @@ def _state_kernel(
     d, e = tl.arange(0, BLOCK_D), tl.program_id(1) * VALUES + tl.arange(0, VALUES)
     dh = tl.zeros([BLOCK_D, VALUES], tl.float32)
     dz = tl.zeros([BLOCK_D], tl.float32)
+    d_logit = tl.zeros([], tl.float32)
     for first in tl.range(0, BLOCK_Q, ROWS, num_stages=1):
         position = m * BLOCK_Q + first + tl.arange(0, ROWS)
         exists = position < N
         token = token_of(order_ptr, position, N)
         q = load_tile(q_ptr + b * q_sb + h * q_sh, token, exists, q_sn, D, BLOCK_D)
         phi, _, inverse = _phi_and_normalizer(q, states_ptr + row * (D + 1) * D + D * D, D, BLOCK_D, MAP)
-        weight = tl.load(weight_ptr + head * M * BLOCK_Q + position) * inverse
-        product = tl.load(product_ptr + head * M * BLOCK_Q + position) * inverse
+        rest = tl.load(weight_ptr + head * M * BLOCK_Q + position)
+        product = tl.load(product_ptr + head * M * BLOCK_Q + position)
+        if d_logit_ptr is not None:
+            a = tl.exp2(tl.load(log_a_ptr + head * M * BLOCK_Q + position))
+            of_sparse = tl.load(offset_ptr + head * M * BLOCK_Q + position)
+            d_logit += tl.sum(a * (rest * of_sparse - product), 0)
+        weight, product = rest * inverse, product * inverse
         grad_ptrs = grad_ptr + b * grad_sb + h * grad_sh + token[:, None] * grad_sn + e[None, :]
         grad = tl.load(grad_ptrs, mask=exists[:, None] & (e < D)[None, :], other=0.0)
         d_numerator = to_finite(weight[:, None] * grad.to(tl.float32), q.dtype)
@@ -106,6 +119,8 @@ def _state_kernel(
     tl.store(dh_ptrs, dh.to(dh_ptr.dtype.element_ty), mask=(d < D)[:, None] & (e < D)[None, :])
     if tl.program_id(1) == 0:
         tl.store(dz_ptr + row * D + d, dz, mask=d < D)
+        if d_logit_ptr is not None:
+            tl.store(d_logit_ptr + row, d_logit)
 
 
 def linear_query_gradients(
@@ -114,28 +129,32 @@ def linear_query_gradients(
     q: Tensor,
     states: Tensor,
     rows: Rows,
+    d_logit: Tensor,
     order: Tensor | None,
     settings: Settings,
     config: LinearConfig,
     state_config: LinearConfig,
 ) -> tuple[Tensor, Tensor]:
-    """Write dq's linear part; return dH (B H, M, D, D) in q's dtype and dZ (B H, M, D) float32.
+    """Write dq's linear part and, with block mixing, the logit's gradient.
 
     Args:
         dq: (B, H, N, D) contiguous, written.
         grad_out, q: (B, H, N, D), the last stride 1.
         states: (B H, M, D + 1, D) H of each query block and below it Z, in q's dtype.
-        rows: the rows' statistics.
+        rows: the rows' statistics; `linear_product` is written.
+        d_logit: (B, H, M) float32, with block mixing written anew.
         order: (N,) int32 visiting order, or None.
         settings: the op's.
         config, state_config: tile sizes for dq, and for the states' gradients.
+
+    Returns:
+        dH (B H, M, D, D) in q's dtype and dZ (B H, M, D) float32.
     """
     (batch, heads, q_len, dim), blocks = q.shape, states.shape[1]
     d_state = states.new_empty(batch * heads, blocks, dim, dim)
     d_normalizer = states.new_empty(batch * heads, blocks, dim, dtype=torch.float32)
     unit, strides = token_strides(q, grad_out)
     inputs = (*strides, heads, q_len, blocks)
-    weights = (rows.linear_weight, rows.linear_product)
 
     def constants(config: LinearConfig) -> dict[str, Any]:
         sizes = {"BLOCK_Q": settings.block_q, "ROWS": min(config.rows, settings.block_q)}
@@ -143,9 +162,21 @@ def linear_query_gradients(
 
     for_queries, for_states = constants(config), constants(state_config)
     _query_kernel[batch * heads * blocks * (settings.block_q // for_queries["ROWS"]),](
-        q, grad_out, order, states, *weights, dq, *inputs, **for_queries
+        q, grad_out, order, states, rows.linear_weight, rows.linear_product, dq, *inputs, **for_queries
     )
     _state_kernel[batch * heads * blocks, num_blocks(dim, for_states["VALUES"])](
-        q, grad_out, order, states, *weights, d_state, d_normalizer, *inputs, **for_states
+        q,
+        grad_out,
+        order,
+        states,
+        rows.linear_weight,
+        rows.linear_product,
+        rows.offset,
+        rows.sparse_cap,
+        d_state,
+        d_normalizer,
+        d_logit if settings.mixing == "block" else None,
+        *inputs,
+        **for_states,
     )
     return d_state, d_normalizer

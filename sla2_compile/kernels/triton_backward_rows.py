@@ -7,13 +7,16 @@ With s = dO . O_s, d = dO . O, spread = s - d, gain g (0 for block mixing) and w
                   offset = d + spread (1 - g)
     pooled tail   r = exp2(scores - tail_lse') = (1 - a) R,    dt = r (dO . v_bar - tail_offset),
                   tail_offset = d - a / (1 - a) spread (1 - g)
-    linear tail   numerator's gradient linear_weight dO / w,  normaliser's -linear_product / w,   w = phi(q) . Z
+    linear tail   numerator's gradient linear_weight dO / w,  linear_weight = 1 - a,   w = phi(q) . Z
                   and, with row mixing, for the pooled scores  dt = R (-tail_offset),  tail_offset = a g spread
 
 so that the inner loops do not know of mixing. The quotient is bounded: where 1 - a is below 2^-64, spread is rounding
 error. Where smoothed keys' scores made the sparse log-sum-exp it carries q . mean(k) as well, and the kernels read k as
 it is. Low-bit scores may lie far below these: p is then kept at most a, `sparse_cap` its log2, and r of a pooled tail
 at most 1 - a, `tail_cap`. Rows past the last token get probability 0.
+
+The logit's gradient is the sum of a spread. Where a is near 1 that is the difference of two rounded outputs; for a
+linear tail with block mixing it is found anew from the branches' own (`triton_backward_linear_queries.py`).
 """
 
 from __future__ import annotations
@@ -45,7 +48,7 @@ class Rows:
     tail_lse: Tensor
     tail_offset: Tensor
     linear_weight: Tensor
-    linear_product: Tensor
+    linear_product: Tensor  # (1 - a) dO . O_l, which the linear tail's kernel for dq finds
     sparse_cap: Tensor
     tail_cap: Tensor
 
@@ -92,7 +95,7 @@ def _rows_kernel(
         sparse_out = load_tile(sparse_out_ptr, token, exists, sparse_out_sn, D, BLOCK_D).to(tl.float32)
         sparse_lse = tl.load(sparse_lse_ptr + token * sparse_lse_sn, mask=exists, other=0.0)
         tail_lse = tl.load(tail_lse_ptr + token * tail_lse_sn, mask=exists, other=0.0)
-        d, s = tl.sum(grad * out, 1), tl.sum(grad * sparse_out, 1)
+        d = tl.sum(grad * out, 1)
 
         has_keys = exists & (tl.abs(sparse_lse) < float("inf"))
         difference = tl.where(has_keys & has_tail & (tl.abs(tail_lse) < float("inf")), sparse_lse - tail_lse, 0.0)
@@ -102,7 +105,8 @@ def _rows_kernel(
         log_a = tl.where(has_tail, tl.minimum(z, 0.0) - softplus, 0.0)
         a = tl.exp2(log_a)
         log_rest = tl.minimum(-z, 0.0) - softplus
-        spread = tl.where(has_tail & exists, s - d, 0.0)
+        # The difference of the outputs first: they may be nearly the same, and sums of either have lost digits.
+        spread = tl.where(has_tail & exists, tl.sum(grad * (sparse_out - out), 1), 0.0)
         d_alpha = a * spread
         d_logit += tl.sum(d_alpha, 0)
         if gain_ptr is not None:
@@ -118,13 +122,12 @@ def _rows_kernel(
         tl.store(rows_ptr + position, tl.where(has_keys, lse, float("inf")))
         tl.store(rows_ptr + field_size + position, d + spread * (1 - gain))
         in_tail = exists & has_tail & (tl.abs(tail_lse) < float("inf"))
-        if CAP:
+        if CAP or LINEAR:
             tl.store(rows_ptr + 6 * field_size + position, log_a)
         if LINEAR:
             tail_lse = tail_lse * LOG2_E
             tl.store(rows_ptr + 3 * field_size + position, gain * d_alpha)
             tl.store(rows_ptr + 4 * field_size + position, tl.where(has_tail & exists, tl.exp2(log_rest), 0.0))
-            tl.store(rows_ptr + 5 * field_size + position, tl.where(has_tail, d - a * s, 0.0))
         else:
             tail_lse = tail_lse * LOG2_E - log_rest
             tail_offset = d - tl.exp2(tl.minimum(z, 64.0)) * spread * (1 - gain)
