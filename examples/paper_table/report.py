@@ -81,8 +81,8 @@ class Side:
     row: Row
     key: str = "measures"
 
-    def losses(self, results: Results) -> list[float]:
-        return values(results, self.row, "held_out_loss", self.key)
+    def losses(self, results: Results) -> dict[int, float]:
+        return by_seed(results, self.row, "held_out_loss", self.key)
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,9 @@ def _claims(results: Results) -> str:
     table = []
     for claim in claims():
         left, right = claim.left.losses(results), claim.right.losses(results)
-        table.append([claim.text, _spread(left, 5), _spread(right, 5), verdict(left, right, equal=claim.equal)])
-    return _markdown(table, ["claim", "left", "right", "here"])
+        sides = (_spread(list(side.values()), 5) for side in (left, right))
+        table.append([claim.text, *sides, _difference(left, right), verdict(left, right, equal=claim.equal)])
+    return _markdown(table, ["claim", "left", "right", "left less right, 95 %", "here"])
 
 
 def _served(results: Results) -> str:
@@ -139,20 +140,41 @@ def _served(results: Results) -> str:
     return ("yes" if all(found) else "no") if found else "not measured"
 
 
-def verdict(left: list[float], right: list[float], *, equal: bool) -> str:
-    """What the losses of two sides say about "left is lower", or "they are equal"."""
-    if not left or not right:
+def verdict(left: dict[int, float], right: dict[int, float], *, equal: bool) -> str:
+    """What the losses of two sides, by seed, say about "left is lower", or "they are equal"."""
+    if not left.keys() & right.keys():
         return "not measured"
-    (a, spread_a), (b, spread_b) = mean_and_spread(left), mean_and_spread(right)
-    if len(left) < 2 or len(right) < 2:
-        return f"one seed: left is {'lower' if a < b else 'not lower'}, by {abs(a - b):.2g}"
-    error = math.sqrt(spread_a**2 / len(left) + spread_b**2 / len(right))
-    differs = abs(a - b) > 2 * error
+    mean, margin = paired_difference(left, right)
+    if margin is None:
+        return f"one seed: left is {'lower' if mean < 0 else 'not lower'}, by {abs(mean):.2g}"
+    differs = abs(mean) > margin
     if equal:
-        return "holds: within noise" if not differs else f"does not hold: {'better' if a < b else 'worse'}"
+        return "holds: within noise" if not differs else f"does not hold: {'better' if mean < 0 else 'worse'}"
     if not differs:
         return "undecided: within noise"
-    return "holds" if a < b else "does not hold"
+    return "holds" if mean < 0 else "does not hold"
+
+
+def paired_difference(left: dict[int, float], right: dict[int, float]) -> tuple[float, float | None]:
+    """Mean difference over the seeds that both sides have, and half the width of its 95 % interval (Student's t).
+
+    A seed gives both sides the same clips and noise, so that most of what it does is the same for both. The width is
+    None with one seed.
+    """
+    from scipy import stats
+
+    differences = [left[seed] - right[seed] for seed in sorted(left.keys() & right.keys())]
+    mean, spread = mean_and_spread(differences)
+    if len(differences) < 2:
+        return mean, None
+    return mean, float(stats.t.ppf(0.975, len(differences) - 1)) * spread / math.sqrt(len(differences))
+
+
+def _difference(left: dict[int, float], right: dict[int, float]) -> str:
+    if not left.keys() & right.keys():
+        return "-"
+    mean, margin = paired_difference(left, right)
+    return f"{mean:+.5f}" if margin is None else f"{mean:+.5f} ± {margin:.5f}"
 
 
 # Tables
@@ -160,8 +182,13 @@ def verdict(left: list[float], right: list[float], *, equal: bool) -> str:
 
 def values(results: Results, row: Row, measure: str, key: str = "measures") -> list[float]:
     """A measure of a row, one value per seed that was run."""
-    found = (results.get(f"{row.name}-s{seed}", {}) for seed in range(100))
-    return [result[key][measure] for result in found if key in result]
+    return list(by_seed(results, row, measure, key).values())
+
+
+def by_seed(results: Results, row: Row, measure: str, key: str = "measures") -> dict[int, float]:
+    """The same by seed."""
+    found = {seed: results.get(f"{row.name}-s{seed}", {}) for seed in range(100)}
+    return {seed: result[key][measure] for seed, result in found.items() if key in result}
 
 
 def _grid() -> list[Row]:
