@@ -100,7 +100,7 @@ def backward(
         if has_tail and not pooled:
             config = linear_config(*hardware)
             correction = _linear_tail(
-                dq, dk, dv, d_logit, grad_out, q, k, v, real, order, means, rows, index, settings, config
+                dq, dk, dv, d_logit, d_gain, grad_out, q, k, v, real, order, means, rows, index, settings, config
             )
         if has_tail and (pooled or settings.mixing == "row"):
             of_tail = (grad_out, q, index.bits, means, rows)
@@ -115,7 +115,7 @@ def backward(
         )  # fmt: skip
         if not gluon_backward_keys.key_gradients(*of_keys):
             key_gradients(*of_keys, keys_config(dim, q.element_size(), q.device))
-    return dq, dk, dv, d_logit, d_gain
+    return dq, dk, dv, d_logit, d_gain.sum(2)
 
 
 def _linear_tail(
@@ -123,6 +123,7 @@ def _linear_tail(
     dk: Tensor,
     dv: Tensor,
     d_logit: Tensor,
+    d_gain: Tensor,
     grad_out: Tensor,
     q: Tensor,
     k: Tensor,
@@ -135,7 +136,7 @@ def _linear_tail(
     settings: Settings,
     config: LinearConfig,
 ) -> Tensor:
-    """Write the linear tail's part of dq, dk, dv and d logit; return what K smoothing subtracts from dk, (B, G, D)."""
+    """Write the linear tail's part of the gradients; return what K smoothing subtracts from dk, (B, G, D)."""
     assert means.center is not None
     (batch, _, kv_len, dim), blocks = k.shape, index.bits.shape[1]
     # Powers of two that bring H, a sum over all tokens, and its gradient to the size of v and dO: fp16 needs it.
@@ -146,7 +147,7 @@ def _linear_tail(
     mask = tail_mask(bits, means.n, factor, k.shape[1], q.dtype)  # (B G, H / G M, padded T)
     states = tail_states(mask, states).view(-1, blocks, dim + 1, dim)
     d_state, d_normalizer = linear_query_gradients(
-        dq, grad_out, q, states, rows, d_logit, order, settings, config, state_config
+        dq, grad_out, q, states, rows, d_logit, d_gain, order, settings, config, state_config
     )
     del states
     # H came with factor twice, dh goes with it once more.

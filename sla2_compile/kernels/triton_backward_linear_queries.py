@@ -5,7 +5,8 @@ With w = phi(q) . Z and (1 - a) dO . O_l = phi(q) . dn H^T (`linear_product`) th
     numerator  dn = (1 - a) dO / w,    normaliser  dw = -linear_product / w
     dphi(q) = dn H^T + dw Z,           dH = phi(q)^T dn,    dZ = phi(q)^T dw
 
-and of a's logit, with block mixing, the sum of a ((1 - a) dO . O_s - linear_product) over the rows of a block.
+and of a's logit the sum of a ((1 - a) dO . O_s - linear_product) over the rows of a block; of its gain the same times
+the difference of the branches' log-sum-exps.
 
 `H` and `Z` come divided by about the number of tokens per channel, so that 16-bit gradients keep the size of dO.
 """
@@ -79,14 +80,14 @@ def _query_kernel(
 
 @triton.jit
 def _state_kernel(
-    q_ptr, grad_ptr, order_ptr, states_ptr, weight_ptr, product_ptr, offset_ptr, log_a_ptr, dh_ptr, dz_ptr,
-    d_logit_ptr, q_sb, q_sh, q_sn, grad_sb, grad_sh, grad_sn, H, N, M,
+    q_ptr, grad_ptr, order_ptr, states_ptr, weight_ptr, product_ptr, of_sparse_ptr, log_a_ptr, difference_ptr,
+    dh_ptr, dz_ptr, d_logit_ptr, d_gain_ptr, q_sb, q_sh, q_sn, grad_sb, grad_sh, grad_sn, H, N, M,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, ROWS: tl.constexpr, VALUES: tl.constexpr,
     MAP: tl.constexpr, PRECISION: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B M H, D / VALUES): dH (D, VALUES) and, once, dZ and with block mixing the logit's gradient.
+    """Grid (B M H, D / VALUES): dH (D, VALUES) and, once, dZ and the gradients of the logit and the gain.
 
-    d_logit_ptr None: mixing is by row. Otherwise the rows' offset is dO . O_s.
+    d_gain_ptr None: there is no gain.
     """
     q_sb, q_sh, q_sn = in_elements((q_sb, q_sh, q_sn), UNIT)
     grad_sb, grad_sh, grad_sn = in_elements((grad_sb, grad_sh, grad_sn), UNIT)
@@ -96,7 +97,7 @@ def _state_kernel(
     d, e = tl.arange(0, BLOCK_D), tl.program_id(1) * VALUES + tl.arange(0, VALUES)
     dh = tl.zeros([BLOCK_D, VALUES], tl.float32)
     dz = tl.zeros([BLOCK_D], tl.float32)
-    d_logit = tl.zeros([], tl.float32)
+    d_logit, d_gain = tl.zeros([], tl.float32), tl.zeros([], tl.float32)
     for first in tl.range(0, BLOCK_Q, ROWS, num_stages=1):
         position = m * BLOCK_Q + first + tl.arange(0, ROWS)
         exists = position < N
@@ -105,10 +106,11 @@ def _state_kernel(
         phi, _, inverse = _phi_and_normalizer(q, states_ptr + row * (D + 1) * D + D * D, D, BLOCK_D, MAP)
         rest = tl.load(weight_ptr + head * M * BLOCK_Q + position)
         product = tl.load(product_ptr + head * M * BLOCK_Q + position)
-        if d_logit_ptr is not None:
-            a = tl.exp2(tl.load(log_a_ptr + head * M * BLOCK_Q + position))
-            of_sparse = tl.load(offset_ptr + head * M * BLOCK_Q + position)
-            d_logit += tl.sum(a * (rest * of_sparse - product), 0)
+        a = tl.exp2(tl.load(log_a_ptr + head * M * BLOCK_Q + position))
+        d_alpha = a * (rest * tl.load(of_sparse_ptr + head * M * BLOCK_Q + position) - product)
+        d_logit += tl.sum(d_alpha, 0)
+        if d_gain_ptr is not None:
+            d_gain += tl.sum(d_alpha * tl.load(difference_ptr + head * M * BLOCK_Q + position), 0)
         weight, product = rest * inverse, product * inverse
         grad_ptrs = grad_ptr + b * grad_sb + h * grad_sh + token[:, None] * grad_sn + e[None, :]
         grad = tl.load(grad_ptrs, mask=exists[:, None] & (e < D)[None, :], other=0.0)
@@ -119,8 +121,9 @@ def _state_kernel(
     tl.store(dh_ptrs, dh.to(dh_ptr.dtype.element_ty), mask=(d < D)[:, None] & (e < D)[None, :])
     if tl.program_id(1) == 0:
         tl.store(dz_ptr + row * D + d, dz, mask=d < D)
-        if d_logit_ptr is not None:
-            tl.store(d_logit_ptr + row, d_logit)
+        tl.store(d_logit_ptr + row, d_logit)
+        if d_gain_ptr is not None:
+            tl.store(d_gain_ptr + row, d_gain)
 
 
 def linear_query_gradients(
@@ -130,19 +133,20 @@ def linear_query_gradients(
     states: Tensor,
     rows: Rows,
     d_logit: Tensor,
+    d_gain: Tensor,
     order: Tensor | None,
     settings: Settings,
     config: LinearConfig,
     state_config: LinearConfig,
 ) -> tuple[Tensor, Tensor]:
-    """Write dq's linear part and, with block mixing, the logit's gradient.
+    """Write dq's linear part, and the gradients of the logit and the gain.
 
     Args:
         dq: (B, H, N, D) contiguous, written.
         grad_out, q: (B, H, N, D), the last stride 1.
         states: (B H, M, D + 1, D) H of each query block and below it Z, in q's dtype.
         rows: the rows' statistics; `linear_product` is written.
-        d_logit: (B, H, M) float32, with block mixing written anew.
+        d_logit, d_gain: (B, H, M) float32, written anew, the gain's with row mixing.
         order: (N,) int32 visiting order, or None.
         settings: the op's.
         config, state_config: tile sizes for dq, and for the states' gradients.
@@ -165,18 +169,8 @@ def linear_query_gradients(
         q, grad_out, order, states, rows.linear_weight, rows.linear_product, dq, *inputs, **for_queries
     )
     _state_kernel[batch * heads * blocks, num_blocks(dim, for_states["VALUES"])](
-        q,
-        grad_out,
-        order,
-        states,
-        rows.linear_weight,
-        rows.linear_product,
-        rows.offset,
-        rows.sparse_cap,
-        d_state,
-        d_normalizer,
-        d_logit if settings.mixing == "block" else None,
-        *inputs,
-        **for_states,
-    )
+        q, grad_out, order, states, rows.linear_weight, rows.linear_product, rows.sparse_product, rows.sparse_cap,
+        rows.lse_difference, d_state, d_normalizer, d_logit,
+        d_gain if settings.mixing == "row" else None, *inputs, **for_states,
+    )  # fmt: skip
     return d_state, d_normalizer

@@ -15,8 +15,9 @@ error. Where smoothed keys' scores made the sparse log-sum-exp it carries q . me
 it is. Low-bit scores may lie far below these: p is then kept at most a, `sparse_cap` its log2, and r of a pooled tail
 at most 1 - a, `tail_cap`. Rows past the last token get probability 0.
 
-The logit's gradient is the sum of a spread. Where a is near 1 that is the difference of two rounded outputs; for a
-linear tail with block mixing it is found anew from the branches' own (`triton_backward_linear_queries.py`).
+The logit's gradient is the sum of a spread, the gain's that of a spread times the difference of the log-sum-exps. Where
+a is near 1 spread is the difference of two rounded outputs; with a linear tail both gradients are found anew from the
+branches' own (`triton_backward_linear_queries.py`).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from sla2_compile.kernels.triton_backward_loads import heads_fastest, in_element
 LOG2_E = tl.constexpr(1.4426950408889634)
 FIELDS = (
     "sparse_lse", "offset", "tail_lse", "tail_offset", "linear_weight", "linear_product", "sparse_cap",
-    "tail_cap",
+    "tail_cap", "sparse_product", "lse_difference",
 )  # fmt: skip
 
 
@@ -51,6 +52,8 @@ class Rows:
     linear_product: Tensor  # (1 - a) dO . O_l, which the linear tail's kernel for dq finds
     sparse_cap: Tensor
     tail_cap: Tensor
+    sparse_product: Tensor  # dO . O_s, and how the branches' log-sum-exps differ, for the linear tail's kernels
+    lse_difference: Tensor
 
 
 @triton.jit
@@ -128,6 +131,8 @@ def _rows_kernel(
             tail_lse = tail_lse * LOG2_E
             tl.store(rows_ptr + 3 * field_size + position, gain * d_alpha)
             tl.store(rows_ptr + 4 * field_size + position, tl.where(has_tail & exists, tl.exp2(log_rest), 0.0))
+            tl.store(rows_ptr + 8 * field_size + position, tl.where(exists, d + spread, 0.0))
+            tl.store(rows_ptr + 9 * field_size + position, difference)
         else:
             tail_lse = tail_lse * LOG2_E - log_rest
             tail_offset = d - tl.exp2(tl.minimum(z, 64.0)) * spread * (1 - gain)
@@ -156,7 +161,7 @@ def row_statistics(
     group: int,
     settings: Settings,
 ) -> tuple[Rows, Tensor, Tensor]:
-    """The rows, d logit (B, H, M) and d gain (B, H), float32.
+    """The rows, and d logit and d gain of each query block, (B, H, M) float32.
 
     Args:
         grad_out, q, out, sparse_out: (B, H, N, D), the last stride 1.
@@ -186,4 +191,4 @@ def row_statistics(
         TILE=16 if dim > 128 else min(settings.block_q, 32), LINEAR=settings.tail == "linear",
         CAP=settings.qk_format is not None, UNIT=unit, num_warps=4, maxnreg=MAX_REGISTERS,
     )  # fmt: skip
-    return Rows(*rows), d_logit, d_gain.sum(2)
+    return Rows(*rows), d_logit, d_gain
