@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
 import torch
 from gluon_cases import CASES, by_dtype
 from interpreter import interpret
@@ -13,6 +14,7 @@ IN_BFLOAT16 = ["pooled, head dim 128, groups", "pooled, exact ends", "linear, he
 
 
 @needs_triton
+@pytest.mark.timeout(400)
 @by_dtype(CASES, IN_BFLOAT16)
 def test_in_the_emulator_the_forward_of_hopper_has_no_race_and_is_as_exact_as_plain_pytorch(
     names: list[str], dtype: str
