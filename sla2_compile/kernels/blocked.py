@@ -137,12 +137,15 @@ def with_rounded_values(head: KeyHead, settings: Settings) -> KeyHead:
     """
     if settings.pv_format is None:
         return head
-    v = at_least_float32(head.v)
-    rounded = {"v": quantize_dequantize(v, "fp8", (0, 1))}
+    v, v_bar = at_least_float32(head.v), head.v_bar
     if settings.rounds_means_values:
-        together = quantize_dequantize(torch.cat([v.flatten(0, 1), head.v_bar]), "fp8", (0,))
-        rounded["v_bar"] = together[-head.v_bar.shape[0] :]
-    return KeyHead(**{**vars(head), **rounded})
+        # No mean is larger than the largest value, so that the scale is the values' own.
+        together = quantize_dequantize(torch.cat([v.flatten(0, 1), v_bar]), "fp8", (0,))
+        tokens, v_bar = together.split([together.shape[0] - v_bar.shape[0], v_bar.shape[0]])
+        v = tokens.view(v.shape)
+    else:
+        v = quantize_dequantize(v, "fp8", (0, 1))
+    return KeyHead(**{**vars(head), "v": v, "v_bar": v_bar})
 
 
 @dataclass(frozen=True)
