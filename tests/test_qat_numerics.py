@@ -17,8 +17,8 @@ from sla2_compile.kernels import blocked
 from sla2_compile.kernels.dispatch import missing_for_format
 from sla2_compile.kernels.reference import quantize_blocks
 from sla2_compile.quant.formats import (
-    FP8_MAX,
     INT8_MAX,
+    format_scale,
     quantize_dequantize,
     quantize_dequantize_probabilities,
     round_to_format,
@@ -184,7 +184,8 @@ def fp8_sums(q: Tensor, k: Tensor, v: Tensor) -> float:
     Two computations in plain PyTorch that differ in nothing but who adds up the scores: those that lie between two
     codes of a probability go either way.
     """
-    (q, q_scale), (k, k_scale) = ((x.float(), x.float().abs().amax() / FP8_MAX) for x in (q, k))
+    q, k = q.float(), k.float()
+    q_scale, k_scale = (format_scale(x, "fp8", (0, 1)) for x in (q, k))
     q_codes, k_codes = ((x / scale).to(torch.float8_e4m3fn) for x, scale in ((q, q_scale), (k, k_scale)))
     one = torch.ones((), device=q.device)
     of_tensor_cores = torch._scaled_mm(q_codes, k_codes.T, one, one, out_dtype=torch.float32, use_fast_accum=True)

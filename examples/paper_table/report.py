@@ -142,9 +142,10 @@ def _served(results: Results) -> str:
 
 def verdict(left: dict[int, float], right: dict[int, float], *, equal: bool) -> str:
     """What the losses of two sides, by seed, say about "left is lower", or "they are equal"."""
-    if not left.keys() & right.keys():
+    found = paired_difference(left, right)
+    if found is None:
         return "not measured"
-    mean, margin = paired_difference(left, right)
+    mean, margin = found
     if margin is None:
         return f"one seed: left is {'lower' if mean < 0 else 'not lower'}, by {abs(mean):.2g}"
     differs = abs(mean) > margin
@@ -155,15 +156,17 @@ def verdict(left: dict[int, float], right: dict[int, float], *, equal: bool) -> 
     return "holds" if mean < 0 else "does not hold"
 
 
-def paired_difference(left: dict[int, float], right: dict[int, float]) -> tuple[float, float | None]:
+def paired_difference(left: dict[int, float], right: dict[int, float]) -> tuple[float, float | None] | None:
     """Mean difference over the seeds that both sides have, and half the width of its 95 % interval (Student's t).
 
     A seed gives both sides the same clips and noise, so that most of what it does is the same for both. The width is
-    None with one seed.
+    None with one seed; nothing is found where they have none in common.
     """
     from scipy import stats
 
     differences = [left[seed] - right[seed] for seed in sorted(left.keys() & right.keys())]
+    if not differences:
+        return None
     mean, spread = mean_and_spread(differences)
     if len(differences) < 2:
         return mean, None
@@ -171,9 +174,10 @@ def paired_difference(left: dict[int, float], right: dict[int, float]) -> tuple[
 
 
 def _difference(left: dict[int, float], right: dict[int, float]) -> str:
-    if not left.keys() & right.keys():
+    found = paired_difference(left, right)
+    if found is None:
         return "-"
-    mean, margin = paired_difference(left, right)
+    mean, margin = found
     return f"{mean:+.5f}" if margin is None else f"{mean:+.5f} ± {margin:.5f}"
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 def matrix_shape(x: Tensor) -> tuple[int, int] | None:
@@ -25,3 +28,9 @@ def matrix_steps(x: Tensor) -> tuple[int, int, int]:
     batch_stride, head_stride, pitch, _ = x.stride()
     rows, columns = divmod(head_stride, pitch) if x.shape[1] > 1 else (0, 0)
     return (batch_stride // pitch if x.shape[0] > 1 else 0), rows, columns
+
+
+def row_tiles(x: Tensor, rows: int) -> Any:
+    """Triton's descriptor for tiles of `rows` tokens of `x` (B, H, N, D); None where its layout forbids it."""
+    shape = matrix_shape(x)
+    return shape and TensorDescriptor(x, list(shape), [shape[1], 1], [rows, x.shape[3]])

@@ -35,7 +35,6 @@ class LinearConfig:
     rows: int  # query rows or keys of a step
     values: int  # channels of v that go together
     num_warps: int
-    copy_engine: bool = False  # read tiles through tensor descriptors where that was tuned
 
 
 def linear_config(dim: int, itemsize: int, shared_memory: int) -> LinearConfig:
@@ -52,7 +51,7 @@ def states_config(dim: int, itemsize: int, shared_memory: int) -> LinearConfig:
     """For the kernel that makes the key blocks' states, as above."""
     if dim == 128 and itemsize == 2 and shared_memory >= 200 * 1024:
         # All of v at once measures fastest: phi is made once.
-        return LinearConfig(64, 128, 8, copy_engine=True)
+        return LinearConfig(64, 128, 8)
     return linear_config(dim, itemsize, shared_memory)
 
 
@@ -175,12 +174,17 @@ def key_block_states(
     factor: float,
     settings: Settings,
     config: LinearConfig,
+    *,
+    copy_engine: bool = True,
 ) -> Tensor:
-    """h_j and below it z_j, both times `factor`, then zeros: (B G, `padded_key_blocks` of T, D + 1, D) in k's dtype."""
+    """h_j and below it z_j, both times `factor`, then zeros: (B G, `padded_key_blocks` of T, D + 1, D) in k's dtype.
+
+    copy_engine: whether tensor descriptors may be used.
+    """
     (batch, heads, kv_len, dim), T = k.shape, num_blocks(k.shape[2], settings.block_k)
     states = k.new_empty(batch * heads, padded_key_blocks(T), dim + 1, dim)
     states[:, T:] = 0
-    if config.copy_engine and stream_states(states, k, v, k_mean, real, order, factor, settings):
+    if copy_engine and stream_states(states, k, v, k_mean, real, order, factor, settings):
         return states
     constants, (unit, strides) = linear_constants(k, config, settings), token_strides(k, v)
     _state_kernel[batch * heads * T, num_blocks(dim, constants["VALUES"])](

@@ -6,7 +6,6 @@ than reading h_j again for each kept block (0.05 TFLOP for shape (1, 12, 32760, 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import torch
@@ -89,7 +88,6 @@ def linear_states(
     (key_heads, kv_len, dim), (batch, heads, blocks, _) = k.shape[1:], bits.shape
     factor = 2.0 ** -max(0, round(math.log2(kv_len / dim)))
     config = states_config(dim, k.element_size(), shared_memory)
-    config = dataclasses.replace(config, copy_engine=config.copy_engine and copy_engine)
-    states = key_block_states(k, v, center, real, order, factor, settings, config)
+    states = key_block_states(k, v, center, real, order, factor, settings, config, copy_engine=copy_engine)
     mask = tail_mask(bits, n, 1.0, key_heads, k.dtype)
     return tail_states(mask, states).view(batch * heads, blocks, dim + 1, dim)

@@ -9,12 +9,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.hardware import capability, num_multiprocessors
 from sla2_compile.kernels.launch_arguments import MAX_REGISTERS
 from sla2_compile.kernels.settings import Settings
-from sla2_compile.kernels.tensor_rows import matrix_shape, matrix_steps
+from sla2_compile.kernels.tensor_rows import matrix_steps, row_tiles
 from sla2_compile.kernels.triton_backward_feature_map import feature_map
 from sla2_compile.kernels.triton_backward_loads import heads_fastest
 
@@ -57,22 +57,21 @@ def stream_states(
     settings: Settings,
 ) -> bool:
     """Write `states` and return True, or False where this kernel cannot do it; see `key_block_states`."""
-    (batch, heads, kv_len, dim), T = k.shape, -(-k.shape[2] // settings.block_k)
+    (batch, heads, kv_len, dim), T = k.shape, num_blocks(k.shape[2], settings.block_k)
     if capability(k.device)[0] != 9 or (dim, settings.block_k, k.element_size()) != (DIM, BLOCK_K, 2):
         return False
     if real is not None or order is not None or kv_len < BLOCK_K:
         return False
-    k_shape, v_shape = matrix_shape(k), matrix_shape(v)
-    if k_shape is None or v_shape is None:
+    k_tiles, v_tiles = row_tiles(k, BLOCK_K), row_tiles(v, BLOCK_K)
+    if k_tiles is None or v_tiles is None:
         return False
     k_steps, v_steps = matrix_steps(k), matrix_steps(v)
     # Past the last key come zeros at the end of the matrix, but what others store there elsewhere: 0 times their NaN.
     if kv_len % BLOCK_K and any(rows for steps in (k_steps, v_steps) for rows in steps[:2]):
         return False
-    tiles = [TensorDescriptor(x, list(s), [s[1], 1], [BLOCK_K, dim]) for x, s in ((k, k_shape), (v, v_shape))]
     num_states = batch * heads * T
     _stream_states_kernel[min(num_states, PROGRAMS * num_multiprocessors(k.device)),](
-        *tiles, center, states, *k_steps, *v_steps, heads, kv_len, T, states.shape[1], num_states, factor,
+        k_tiles, v_tiles, center, states, *k_steps, *v_steps, heads, kv_len, T, states.shape[1], num_states, factor,
         D=dim, BLOCK_K=BLOCK_K, MAP=settings.feature_map, num_warps=4, maxnreg=MAX_REGISTERS,
     )  # fmt: skip
     return True

@@ -15,19 +15,16 @@ For shape (1, 12, 32760, 128) at 97 %: 0.19 TFLOP for 15 kept blocks, 0.10 for 5
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sla2_compile.kernels.attention_stage import AttentionInputs, Outputs
 from sla2_compile.kernels.hardware import capability, shared_memory
 from sla2_compile.kernels.launch_arguments import max_registers, padded_dim, token_strides
 from sla2_compile.kernels.settings import Settings
-from sla2_compile.kernels.tensor_rows import matrix_shape
+from sla2_compile.kernels.tensor_rows import row_tiles
 from sla2_compile.kernels.triton_backward_loads import (
     in_elements,
     load_tile,
@@ -345,12 +342,12 @@ def attention(outputs: Outputs, inputs: AttentionInputs, settings: Settings, con
     means = min(config.means, settings.block_k) if settings.is_low_bit else config.means
     if config.copy_engine and dim == block_d and kv_len > 1:
         k_bar_tiles, v_bar_tiles = (
-            None if pooled and are_codes else _rows_of(x.flatten(0, 2)[None, None], means)
+            None if pooled and are_codes else row_tiles(x.flatten(0, 2)[None, None], means)
             for x, are_codes in ((statistics.k_bar, codes.k is not None), (statistics.v_bar, codes.has_means_values))
         )
         if inputs.real is None and inputs.order is None:
-            k_tiles = _rows_of(k, keys) if codes.k is None else None
-            v_tiles = _rows_of(v, keys) if codes.v is None else None
+            k_tiles = row_tiles(k, keys) if codes.k is None else None
+            v_tiles = row_tiles(v, keys) if codes.v is None else None
     unit, strides = token_strides(q, k, v, outputs.out)
     _attention_kernel[batch * heads * blocks * (settings.block_q // rows),](
         q, k, v, k_tiles, v_tiles, k_bar_tiles, v_bar_tiles, inputs.kept, inputs.bits, statistics.k_bar,
@@ -368,9 +365,3 @@ def attention(outputs: Outputs, inputs: AttentionInputs, settings: Settings, con
         FP8_KEYS=settings.qk_format == "fp8", PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         STAGES=config.num_stages, UNIT=unit, num_warps=config.num_warps, maxnreg=max_registers(config.num_warps),
     )  # fmt: skip
-
-
-def _rows_of(x: Tensor, rows: int) -> Any:
-    """A descriptor for tiles of `rows` tokens of `x` (B, H, N, D); None where its layout forbids it."""
-    shape = matrix_shape(x)
-    return shape and TensorDescriptor(x, list(shape), [shape[1], 1], [rows, x.shape[3]])

@@ -178,9 +178,9 @@ def _choose_kernel(
     slot = tl.arange(0, SLOTS)
     tl.store(kept_ptr + 1 + slot, tl.zeros([SLOTS], tl.int32), mask=(slot >= count) & (slot < slots))
     # Blocks that there are not count as kept.
-    missing = tl.minimum(tl.maximum(word * 32 + 32 - T, 0), 32)
-    past_end = tl.where(missing == 32, -1, -1 << (32 - missing))
-    bits = tl.where(keeps_all, -1, chosen_words | tl.where(missing > 0, past_end, 0))
+    end = tl.maximum(T - word * 32, 0)
+    past_end = tl.where(end < 32, -1 << (end & 31), 0)
+    bits = tl.where(keeps_all, -1, chosen_words | past_end)
     tl.store(bits_ptr + row * words + word, bits, mask=word < words)
 
 
