@@ -25,6 +25,7 @@ from sla2_compile.kernels.gluon_fetch import fetch
 from sla2_compile.kernels.gluon_gather import MIN_STAGES, gather
 from sla2_compile.kernels.gluon_tiles import BLOCK_K, matrix_tiles, suits_hopper, token_tiles
 from sla2_compile.kernels.hardware import num_multiprocessors, shared_memory
+from sla2_compile.kernels.launch import launch
 from sla2_compile.kernels.settings import Settings
 from sla2_compile.kernels.tensor_rows import matrix_steps
 
@@ -133,8 +134,10 @@ def _is_eligible(inputs: AttentionInputs, settings: Settings) -> bool:
     smooth = inputs.codes.v is None or inputs.codes.k is not None
     tail = settings.tail == "pooled" or settings.mixing == "block" or not inputs.has_tail
     # Whoever gathers has no registers to spare for codes, and copies 16 bytes at a time.
-    wide = all(x.stride(2) % 16 == 0 and x.data_ptr() % 16 == 0 for x in (inputs.q, inputs.k, inputs.v))
-    order = inputs.order is None or (wide and not settings.is_low_bit)
+    order = inputs.order is None or (
+        not settings.is_low_bit
+        and all(x.stride(2) % 16 == 0 and x.data_ptr() % 16 == 0 for x in (inputs.q, inputs.k, inputs.v))
+    )
     return suits_hopper(inputs.q, settings) and plain and smooth and tail and order
 
 
@@ -166,7 +169,8 @@ def attend(outputs: Outputs, inputs: AttentionInputs, settings: Settings) -> boo
     exact = settings.exact_queries(q_len, kv_len)
     shifts = codes.k is None and outputs.sparse_out is not None
     num_tiles = slots + (num_blocks(T, BLOCK_K) if codes.has_means_values else 0)
-    _attention_kernel[min(num_multiprocessors(q.device), batch * heads * blocks),](
+    launch(
+        _attention_kernel, (min(num_multiprocessors(q.device), batch * heads * blocks),),
         *tiles, *gathered, *(0 if x is None else x.stride(2) for x in gathered), inputs.order,
         inputs.kept, inputs.bits, inputs.alpha_logit, inputs.alpha_gain, codes.q_scale, codes.k_scale, codes.v_scale,
         statistics.center if shifts else None, states,

@@ -35,6 +35,7 @@ from sla2_compile.kernels.gluon_tiles import (
     token_tiles,
     write_rows,
 )
+from sla2_compile.kernels.launch import launch
 from sla2_compile.kernels.launch_arguments import next_power_of_two
 from sla2_compile.kernels.settings import Settings
 from sla2_compile.kernels.tensor_rows import matrix_steps
@@ -210,7 +211,8 @@ def key_gradients(
     T, max_parts, cap = index.count.shape[1], index.part_key.shape[1], settings.qk_format is not None
     partial = empty_parts(k, index, settings)
     splits = 1 if dk_bar is None else dk_bar.shape[0]
-    _keys_kernel[batch * key_heads * (max_parts + T),](
+    launch(
+        _keys_kernel, (batch * key_heads * (max_parts + T),),
         *tiles, statistics_tiles(rows), token_tiles(dk), token_tiles(dv),
         dk_bar, dv_bar, index.count, index.start, index.lists, index.first_part, index.part_key, correction, partial,
         dk, dv, *(step for x in (q, grad_out, k, v, dk) for step in matrix_steps(x)), dk.stride(2),

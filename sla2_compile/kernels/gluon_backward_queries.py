@@ -37,6 +37,7 @@ from sla2_compile.kernels.gluon_tiles import (
     write_rows,
 )
 from sla2_compile.kernels.hardware import num_multiprocessors, shared_memory
+from sla2_compile.kernels.launch import launch
 from sla2_compile.kernels.launch_arguments import next_power_of_two
 from sla2_compile.kernels.settings import Settings
 from sla2_compile.kernels.tensor_rows import matrix_steps
@@ -265,7 +266,8 @@ def query_gradient(
     pooled = has_tail and (not linear or settings.mixing == "row")
     # Without values of its own the tail's second tile is not used.
     bars = (means.k_bar, means.k_bar if linear else means.v_bar) if pooled else (None, None)
-    _queries_kernel[min(num_multiprocessors(q.device), batch * heads * blocks),](
+    launch(
+        _queries_kernel, (min(num_multiprocessors(q.device), batch * heads * blocks),),
         *tiles, *(x if x is None else matrix_tiles(x, BLOCK_K) for x in bars), token_tiles(dq),
         kept.contiguous(), bits, means.center, rows.sparse_lse, rows.offset,
         None if settings.qk_format is None else rows.sparse_cap, rows.tail_lse, rows.tail_offset, rows.tail_cap, dq,

@@ -29,6 +29,7 @@ from sla2_compile.kernels.gluon_tiles import (
     statistics_tiles,
     token_tiles,
 )
+from sla2_compile.kernels.launch import launch
 from sla2_compile.kernels.settings import Settings
 from sla2_compile.kernels.tensor_rows import matrix_steps
 from sla2_compile.kernels.triton_backward_rows import Rows
@@ -152,7 +153,8 @@ def tail_gradient(
     splits, blocks_per_split = split_steps(group * blocks, num_tiles * batch * key_heads)
     dk_bar = q.new_empty(splits, batch, key_heads, T, dim, dtype=torch.float32)
     dv_bar = torch.empty_like(dk_bar) if values else None
-    _tail_kernel[num_tiles, splits, batch * key_heads](
+    launch(
+        _tail_kernel, (num_tiles, splits, batch * key_heads),
         *tiles, matrix_tiles(means.k_bar, BLOCK_K), matrix_tiles(means.v_bar if values else means.k_bar, BLOCK_K),
         statistics_tiles(rows), bits, dk_bar, dv_bar, *(step for x in (q, grad_out) for step in matrix_steps(x)),
         heads, kv_len, blocks, T, bits.shape[2], blocks_per_split, settings.scale,

@@ -12,6 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sla2_compile.kernels.hardware import capability
+from sla2_compile.kernels.launch import MAX_LAUNCHES, descriptor_like
 from sla2_compile.kernels.settings import Settings
 from sla2_compile.kernels.tensor_rows import matrix_shape, matrix_steps
 from sla2_compile.kernels.triton_backward_rows import FIELDS, Rows
@@ -106,7 +107,7 @@ def token_tiles(x: Tensor) -> TensorDescriptor | None:
     shape = matrix_shape(x)
     if shape is None or (x.shape[2] % BLOCK_Q and _has_gaps(x)):
         return None
-    return _tiles(x, list(shape), BLOCK_K, x.shape[3])
+    return descriptor_like(_tiles(x.dtype, *shape, BLOCK_K, x.shape[3]), x)
 
 
 def _has_gaps(x: Tensor) -> bool:
@@ -121,17 +122,19 @@ def _has_gaps(x: Tensor) -> bool:
 def matrix_tiles(x: Tensor, rows: int) -> TensorDescriptor:
     """A descriptor for tiles of `rows` whole rows of contiguous `x` (..., columns)."""
     columns = x.shape[-1]
-    return _tiles(x, [x.numel() // columns, columns], rows, columns)
+    return descriptor_like(_tiles(x.dtype, x.numel() // columns, columns, rows, columns), x)
 
 
 def statistics_tiles(rows: Rows) -> TensorDescriptor:
     """A descriptor for tiles of two neighbouring fields of 64 rows; the fields lie in memory one behind the other."""
-    size = rows.sparse_lse.numel()
-    return _tiles(rows.sparse_lse, [len(FIELDS), size], 2, 64)
+    x = rows.sparse_lse
+    return descriptor_like(_tiles(x.dtype, len(FIELDS), x.numel(), 2, 64), x)
 
 
-def _tiles(x: Tensor, shape: list[int], rows: int, columns: int) -> TensorDescriptor:
-    return TensorDescriptor(x, shape, [shape[1], 1], [rows, columns], shared_layout(rows, columns, x.dtype))
+@functools.lru_cache(MAX_LAUNCHES)
+def _tiles(dtype: torch.dtype, length: int, pitch: int, rows: int, columns: int) -> TensorDescriptor:
+    base, layout = torch.empty(0, dtype=dtype), shared_layout(rows, columns, dtype)
+    return TensorDescriptor(base, [length, pitch], [pitch, 1], [rows, columns], layout)
 
 
 @functools.cache

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from sla2_compile.kernels.launch import MAX_LAUNCHES, descriptor_like
 
 
 def matrix_shape(x: Tensor) -> tuple[int, int] | None:
@@ -33,4 +37,9 @@ def matrix_steps(x: Tensor) -> tuple[int, int, int]:
 def row_tiles(x: Tensor, rows: int) -> Any:
     """Triton's descriptor for tiles of `rows` tokens of `x` (B, H, N, D); None where its layout forbids it."""
     shape = matrix_shape(x)
-    return shape and TensorDescriptor(x, list(shape), [shape[1], 1], [rows, x.shape[3]])
+    return shape and descriptor_like(_tiles(x.dtype, *shape, rows, x.shape[3]), x)
+
+
+@functools.lru_cache(MAX_LAUNCHES)
+def _tiles(dtype: torch.dtype, length: int, pitch: int, rows: int, columns: int) -> TensorDescriptor:
+    return TensorDescriptor(torch.empty(0, dtype=dtype), [length, pitch], [pitch, 1], [rows, columns])

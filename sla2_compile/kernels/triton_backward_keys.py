@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sla2_compile.kernels.hardware import capability, shared_memory
+from sla2_compile.kernels.launch import launch
 from sla2_compile.kernels.launch_arguments import (
     MAX_REGISTERS,
     max_registers,
@@ -266,7 +267,8 @@ def key_gradients(
     key_parts = settings.block_k // key_size
     splits = 1 if dk_bar is None else dk_bar.shape[0]
     unit, token = token_strides(q, k, v, grad_out)
-    _keys_kernel[batch * key_heads * (max_parts + T) * key_parts,](
+    launch(
+        _keys_kernel, (batch * key_heads * (max_parts + T) * key_parts,),
         q, k, v, grad_out, real, order, rows.sparse_lse, rows.offset, rows.sparse_cap, n, dk_bar, dv_bar,
         index.count, index.start, index.lists, index.first_part, index.part_key, correction, partial, dk, dv,
         *token, 0 if real is None else real.stride(0), 0 if dk_bar is None else dk_bar.stride(0), partial.stride(0),
@@ -307,7 +309,8 @@ def add_parts(
     if q.shape[1] // key_heads * index.bits.shape[1] < 2 * index.part_length:
         return  # no list can be as long as that
     splits = 1 if dk_bar is None else dk_bar.shape[0]
-    _parts_kernel[batch * key_heads * T, settings.block_k // key_size](
+    launch(
+        _parts_kernel, (batch * key_heads * T, settings.block_k // key_size),
         real, order, n, dk_bar, dv_bar, index.count, index.first_part, correction, partial, dk, dv,
         0 if real is None else real.stride(0), 0 if dk_bar is None else dk_bar.stride(0), partial.stride(0),
         key_heads, kv_len, T, max_parts, index.part_length, splits, settings.scale,

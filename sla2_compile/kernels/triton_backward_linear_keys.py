@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sla2_compile.kernels.blocks import num_blocks
+from sla2_compile.kernels.launch import launch
 from sla2_compile.kernels.launch_arguments import max_registers, padded_dim, token_strides
 from sla2_compile.kernels.settings import Settings
 from sla2_compile.kernels.triton_backward_feature_map import feature_map, feature_map_gradient
@@ -183,11 +184,13 @@ def key_block_states(
     """
     (batch, heads, kv_len, dim), T = k.shape, num_blocks(k.shape[2], settings.block_k)
     states = k.new_empty(batch * heads, padded_key_blocks(T), dim + 1, dim)
-    states[:, T:] = 0
+    if states.shape[1] > T:
+        states[:, T:] = 0
     if copy_engine and stream_states(states, k, v, k_mean, real, order, factor, settings):
         return states
     constants, (unit, strides) = linear_constants(k, config, settings), token_strides(k, v)
-    _state_kernel[batch * heads * T, num_blocks(dim, constants["VALUES"])](
+    launch(
+        _state_kernel, (batch * heads * T, num_blocks(dim, constants["VALUES"])),
         k, v, k_mean, real, order, states, *strides, 0 if real is None else real.stride(0),
         heads, kv_len, T, states.shape[1], factor, BLOCK_K=settings.block_k,
         KEYS=min(config.rows, settings.block_k), UNIT=unit, **constants,
@@ -215,7 +218,8 @@ def linear_key_gradients(
     """
     (batch, heads, kv_len, dim), T = k.shape, dh.shape[1]
     dk_sum, (unit, strides) = k.new_empty(batch, heads, T, dim, dtype=torch.float32), token_strides(k, v)
-    _gradient_kernel[batch * heads * T,](
+    launch(
+        _gradient_kernel, (batch * heads * T,),
         k, v, k_mean, real, order, dh, dz, dk, dv, dk_sum, *strides,
         0 if real is None else real.stride(0), heads, kv_len, T, factor, BLOCK_K=settings.block_k,
         KEYS=min(config.rows, settings.block_k), UNIT=unit, **linear_constants(k, config, settings),

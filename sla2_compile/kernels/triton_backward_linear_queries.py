@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sla2_compile.kernels.blocks import num_blocks
+from sla2_compile.kernels.launch import launch
 from sla2_compile.kernels.launch_arguments import token_strides
 from sla2_compile.kernels.settings import Settings
 from sla2_compile.kernels.triton_backward_feature_map import feature_map, feature_map_gradient, to_finite
@@ -165,10 +166,12 @@ def linear_query_gradients(
         return {**sizes, **linear_constants(q, config, settings), "UNIT": unit}
 
     for_queries, for_states = constants(config), constants(state_config)
-    _query_kernel[batch * heads * blocks * (settings.block_q // for_queries["ROWS"]),](
-        q, grad_out, order, states, rows.linear_weight, rows.linear_product, dq, *inputs, **for_queries
-    )
-    _state_kernel[batch * heads * blocks, num_blocks(dim, for_states["VALUES"])](
+    launch(
+        _query_kernel, (batch * heads * blocks * (settings.block_q // for_queries["ROWS"]),),
+        q, grad_out, order, states, rows.linear_weight, rows.linear_product, dq, *inputs, **for_queries,
+    )  # fmt: skip
+    launch(
+        _state_kernel, (batch * heads * blocks, num_blocks(dim, for_states["VALUES"])),
         q, grad_out, order, states, rows.linear_weight, rows.linear_product, rows.sparse_product, rows.sparse_cap,
         rows.lse_difference, d_state, d_normalizer, d_logit,
         d_gain if settings.mixing == "row" else None, *inputs, **for_states,

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sla2_compile.kernels.launch import launch
 from sla2_compile.kernels.launch_arguments import max_registers, padded_dim, token_strides
 from sla2_compile.kernels.settings import Settings
 from sla2_compile.kernels.triton_backward_loads import (
@@ -230,7 +231,8 @@ def query_gradient(
     linear, has_tail = settings.tail == "linear", slots < T
     row_size = min(config.rows, settings.block_q)
     unit, strides = token_strides(q, k, v, grad_out)
-    _queries_kernel[batch * heads * blocks * (settings.block_q // row_size),](
+    launch(
+        _queries_kernel, (batch * heads * blocks * (settings.block_q // row_size),),
         q, k, v, grad_out, kept.contiguous(), bits, means.k_bar, means.v_bar, means.n, means.center, real, order,
         rows.sparse_lse, rows.offset, rows.sparse_cap, rows.tail_lse, rows.tail_offset, rows.tail_cap, dq,
         *strides, 0 if real is None else real.stride(0),

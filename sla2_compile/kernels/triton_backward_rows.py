@@ -29,6 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sla2_compile.kernels.launch import launch
 from sla2_compile.kernels.launch_arguments import MAX_REGISTERS, padded_dim, token_strides
 from sla2_compile.kernels.settings import Settings
 from sla2_compile.kernels.triton_backward_loads import heads_fastest, in_elements, load_tile, token_of
@@ -180,7 +181,8 @@ def row_statistics(
     rows = q.new_empty(len(FIELDS), batch * heads, blocks * settings.block_q, dtype=torch.float32)
     d_logit, d_gain = (q.new_empty(batch, heads, blocks, dtype=torch.float32) for _ in range(2))
     unit, strides = token_strides(grad_out, q, out, sparse_out)
-    _rows_kernel[batch * heads * blocks,](
+    launch(
+        _rows_kernel, (batch * heads * blocks,),
         grad_out, q, out, sparse_out, sparse_lse, tail_lse, kept.contiguous(),
         None if alpha_logit is None else alpha_logit.contiguous(),
         None if alpha_gain is None else alpha_gain.contiguous(),

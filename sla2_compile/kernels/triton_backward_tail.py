@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sla2_compile.kernels.blocks import num_blocks
+from sla2_compile.kernels.launch import launch
 from sla2_compile.kernels.launch_arguments import max_registers, padded_dim, token_strides
 from sla2_compile.kernels.settings import Settings
 from sla2_compile.kernels.triton_backward_loads import in_elements, load_rows, load_tile
@@ -145,7 +146,8 @@ def tail_gradient(
     unit, strides = token_strides(q, grad_out)
     dk_bar = q.new_empty(splits, batch, key_heads, T, dim, dtype=torch.float32)
     dv_bar = torch.empty_like(dk_bar) if values else None
-    _tail_kernel[tiles, splits, batch * key_heads](
+    launch(
+        _tail_kernel, (tiles, splits, batch * key_heads),
         q, grad_out, means.k_bar, means.v_bar, means.n, bits, order,
         rows.tail_lse, rows.tail_offset, rows.tail_cap if values and settings.qk_format is not None else None,
         dk_bar, dv_bar,

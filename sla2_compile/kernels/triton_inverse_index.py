@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sla2_compile.kernels.blocks import num_blocks
+from sla2_compile.kernels.launch import launch
 from sla2_compile.kernels.launch_arguments import next_power_of_two
 from sla2_compile.kernels.settings import Settings
 
@@ -132,14 +133,17 @@ def inverse_index(kept: Tensor, num_key_heads: int, q_len: int, kv_len: int, set
     )
     max_parts = index.part_key.shape[1]
     word_tile, grid = min(128, next_power_of_two(words)), (key_heads, words)
-    _bits_kernel[batch * heads * rows, num_blocks(words, word_tile)](
-        kept, index.bits, slots, T, words, SLOT_TILE=16, WORD_TILE=word_tile, num_warps=1
-    )
-    _count_kernel[grid](index.bits, index.count, group * rows, T, words, ROW_TILE=256, num_warps=4)
-    _plan_kernel[key_heads,](
-        index.count, index.start, index.first_part, index.part_key, T, max_parts, part_length, TILE=1024, num_warps=4
-    )
-    _fill_kernel[grid](
-        index.bits, index.start, index.lists, group * rows, T, words, capacity, ROW_TILE=128, num_warps=4
-    )
+    launch(
+        _bits_kernel, (batch * heads * rows, num_blocks(words, word_tile)),
+        kept, index.bits, slots, T, words, SLOT_TILE=16, WORD_TILE=word_tile, num_warps=1,
+    )  # fmt: skip
+    launch(_count_kernel, grid, index.bits, index.count, group * rows, T, words, ROW_TILE=256, num_warps=4)
+    launch(
+        _plan_kernel, (key_heads,), index.count, index.start, index.first_part, index.part_key, T, max_parts,
+        part_length, TILE=1024, num_warps=4,
+    )  # fmt: skip
+    launch(
+        _fill_kernel, grid, index.bits, index.start, index.lists, group * rows, T, words, capacity, ROW_TILE=128,
+        num_warps=4,
+    )  # fmt: skip
     return index

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sla2_compile.kernels.launch import launch
 from sla2_compile.kernels.settings import Settings
 from sla2_compile.kernels.triton_backward_linear_keys import key_block_states, padded_key_blocks, states_config
 
@@ -45,9 +46,10 @@ def tail_mask(bits: Tensor, n: Tensor, value: float, key_heads: int, dtype: torc
     """
     (batch, heads, blocks, words), T = bits.shape, n.shape[1]
     mask = n.new_empty(batch * key_heads, heads // key_heads * blocks, padded_key_blocks(T), dtype=dtype)
-    _tail_mask_kernel[batch * heads * blocks,](
-        bits, n, mask, value, heads * blocks, T, words, mask.shape[2], KEYS=512, num_warps=2
-    )
+    launch(
+        _tail_mask_kernel, (batch * heads * blocks,), bits, n, mask, value, heads * blocks, T, words, mask.shape[2],
+        KEYS=512, num_warps=2,
+    )  # fmt: skip
     return mask
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.hardware import capability, num_multiprocessors
+from sla2_compile.kernels.launch import launch
 from sla2_compile.kernels.launch_arguments import MAX_REGISTERS
 from sla2_compile.kernels.settings import Settings
 from sla2_compile.kernels.tensor_rows import matrix_steps, row_tiles
@@ -70,7 +71,8 @@ def stream_states(
     if kv_len % BLOCK_K and any(rows for steps in (k_steps, v_steps) for rows in steps[:2]):
         return False
     num_states = batch * heads * T
-    _stream_states_kernel[min(num_states, PROGRAMS * num_multiprocessors(k.device)),](
+    launch(
+        _stream_states_kernel, (min(num_states, PROGRAMS * num_multiprocessors(k.device)),),
         k_tiles, v_tiles, center, states, *k_steps, *v_steps, heads, kv_len, T, states.shape[1], num_states, factor,
         D=dim, BLOCK_K=BLOCK_K, MAP=settings.feature_map, num_warps=4, maxnreg=MAX_REGISTERS,
     )  # fmt: skip

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sla2_compile.kernels.blocks import num_blocks
+from sla2_compile.kernels.launch import launch
 from sla2_compile.kernels.launch_arguments import MAX_REGISTERS, padded_dim, token_strides
 from sla2_compile.kernels.settings import Settings
 from sla2_compile.kernels.triton_backward_loads import heads_fastest, in_elements, is_real, load_tile, token_of
@@ -223,7 +224,8 @@ def low_bit_codes(
     num_k, num_v = (batch * heads * T if codes is not None else 0 for codes in (k_codes, v_codes))
     if num_k + num_v:
         (unit, strides), fp8_keys, block_d = token_strides(k, v), settings.qk_format == "fp8", padded_dim(dim)
-        _codes_kernel[num_k + num_means + num_v,](
+        launch(
+            _codes_kernel, (num_k + num_means + num_v,),
             k, v, real, order, statistics.k_mean, statistics.v_bar if means_values else None, statistics.n,
             statistics.center, statistics.v_scale, k_codes, k_scale, v_codes, *strides,
             0 if real is None else real.stride(0), heads, k.shape[2], T, num_stored, num_k, num_means,

@@ -22,6 +22,7 @@ import triton.language as tl
 
 from sla2_compile.kernels.attention_stage import AttentionInputs, Outputs
 from sla2_compile.kernels.hardware import capability, shared_memory
+from sla2_compile.kernels.launch import launch
 from sla2_compile.kernels.launch_arguments import max_registers, padded_dim, token_strides
 from sla2_compile.kernels.settings import Settings
 from sla2_compile.kernels.tensor_rows import row_tiles
@@ -349,7 +350,8 @@ def attention(outputs: Outputs, inputs: AttentionInputs, settings: Settings, con
             k_tiles = row_tiles(k, keys) if codes.k is None else None
             v_tiles = row_tiles(v, keys) if codes.v is None else None
     unit, strides = token_strides(q, k, v, outputs.out)
-    _attention_kernel[batch * heads * blocks * (settings.block_q // rows),](
+    launch(
+        _attention_kernel, (batch * heads * blocks * (settings.block_q // rows),),
         q, k, v, k_tiles, v_tiles, k_bar_tiles, v_bar_tiles, inputs.kept, inputs.bits, statistics.k_bar,
         statistics.v_bar, statistics.n, statistics.center if codes.k is None else None, codes.q_scale, codes.k,
         codes.k_scale, codes.v, codes.v_scale, inputs.real, inputs.order, inputs.alpha_logit, inputs.alpha_gain,

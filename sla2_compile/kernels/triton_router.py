@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.hardware import capability
+from sla2_compile.kernels.launch import launch
 from sla2_compile.kernels.launch_arguments import MAX_REGISTERS, next_power_of_two, padded_dim
 from sla2_compile.kernels.settings import Settings
 
@@ -222,7 +223,8 @@ def route(
         q_bar, k_bar = _project(q_bar, k_bar, proj_q, proj_k)
     scores = q_bar.new_empty(batch, heads, rows, total)
     tile = 64
-    _scores_kernel[batch * heads, num_blocks(rows, tile), num_blocks(total, tile)](
+    launch(
+        _scores_kernel, (batch * heads, num_blocks(rows, tile), num_blocks(total, tile)),
         q_bar, k_bar, scores, heads, heads // key_heads, rows, total, settings.scale,
         D=dim, BLOCK_D=padded_dim(dim), ROWS=tile, KEYS=tile, CHUNK=min(CHUNK, padded_dim(dim)), num_warps=4,
         # Only Hopper fits without being told.
@@ -233,7 +235,8 @@ def route(
     num_nonempty = kept.new_empty(batch) if masked else None
     keys, queries = settings.exact_keys(kv_len), settings.exact_queries(q_len, kv_len)
     block_t, slots = max(64, next_power_of_two(total)), kept.shape[3] - 1
-    _choose_kernel[batch * heads * rows,](
+    launch(
+        _choose_kernel, (batch * heads * rows,),
         scores, n, kept, bits, num_nonempty, heads, rows, total, slots, words, keys.num_first, keys.last_start,
         queries.num_first, queries.last_start, BLOCK_T=block_t, SLOTS=next_power_of_two(slots),
         # Sums over a warp are one instruction, over several a wait for each other.
@@ -247,7 +250,8 @@ def _project(q_bar: Tensor, k_bar: Tensor, proj_q: Tensor, proj_k: Tensor) -> tu
     dim, outputs = q_bar.shape[3], (torch.empty_like(q_bar), torch.empty_like(k_bar))
     num_q, num_k = (x.numel() // dim for x in (q_bar, k_bar))
     rows, chunk = 64, min(CHUNK, padded_dim(dim))
-    _project_kernel[num_blocks(num_q, rows) + num_blocks(num_k, rows), padded_dim(dim) // chunk](
+    launch(
+        _project_kernel, (num_blocks(num_q, rows) + num_blocks(num_k, rows), padded_dim(dim) // chunk),
         q_bar, k_bar, proj_q, proj_k, *outputs, num_q, num_k, *proj_q.stride(), *proj_k.stride(),
         D=dim, BLOCK_D=padded_dim(dim), ROWS=rows, CHUNK=chunk, num_warps=4,
     )  # fmt: skip

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.hardware import capability
+from sla2_compile.kernels.launch import launch
 from sla2_compile.kernels.launch_arguments import MAX_REGISTERS, padded_dim, token_strides
 from sla2_compile.kernels.settings import Settings
 from sla2_compile.kernels.triton_backward_loads import heads_fastest, in_elements, is_real, load_tile, token_of
@@ -205,7 +206,8 @@ def block_statistics(
     num_warps, elements, max_registers = k.element_size(), 4096, MAX_REGISTERS
     if tuned:
         num_warps, elements, max_registers = 1, 2048, 96 if real is None else MAX_REGISTERS
-    _statistics_kernel[num_q + num_k * (1 + int(reads_v)),](
+    launch(
+        _statistics_kernel, (num_q + num_k * (1 + int(reads_v)),),
         q, k, v if reads_v else None, real, order, q_mean, q_scale, k_mean, None if late_k_bar else k_bar, v_bar,
         v_peak, n, *strides, 0 if real is None else real.stride(0),
         heads, key_heads, q_len, kv_len, M, T, num_q, num_k,
@@ -216,7 +218,8 @@ def block_statistics(
     center = new(batch, key_heads, dim, dtype=float32) if smooths else None
     v_scale = None if v_peak is None else new(batch, key_heads, dim, dtype=float32)
     if smooths or v_scale is not None:
-        _over_blocks_kernel[batch * key_heads, num_blocks(dim, 32)](
+        launch(
+            _over_blocks_kernel, (batch * key_heads, num_blocks(dim, 32)),
             k_mean, n, v_peak, center, k_bar if late_k_bar else None, v_scale, key_heads, T,
             D=dim, CHANNELS=32, BLOCKS=128, LIMIT=FP8_MAX, num_warps=4,
         )  # fmt: skip

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sla2_compile.kernels.blocks import num_blocks
+from sla2_compile.kernels.launch import launch
 from sla2_compile.kernels.settings import Settings
 
 
@@ -32,7 +33,8 @@ def visiting_order(settings: Settings, num_tokens: int, device: torch.device) ->
     if settings.token_grid is None:
         return None
     order = torch.empty(num_tokens, dtype=torch.int32, device=device)
-    _order_kernel[num_blocks(num_tokens, 1024),](
-        order, *settings.token_grid, settings.exact_prefix, num_tokens, SIDE=4, BLOCK=1024, num_warps=4
-    )
+    launch(
+        _order_kernel, (num_blocks(num_tokens, 1024),), order, *settings.token_grid, settings.exact_prefix, num_tokens,
+        SIDE=4, BLOCK=1024, num_warps=4,
+    )  # fmt: skip
     return order
