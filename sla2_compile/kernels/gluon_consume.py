@@ -19,6 +19,8 @@ from sla2_compile.kernels.gluon_stream import (
     TOP_CODE,
     begin,
     finish,
+    group_barrier,
+    issue_first,
     issue_last,
     left_operand,
     out_layout,
@@ -82,6 +84,21 @@ def _of_values(acc, scale, layout: gl.constexpr, FP8: gl.constexpr):
 
 
 @gluon.jit
+def _numbers(
+    head, m, exists, M, T, slots, words, kept_ptr, bits_ptr, q_scale_ptr, RAGGED: gl.constexpr
+):  # fmt: skip
+    """Of a query block: its count of key blocks, the word of its bits for the last one, and the scale of its codes."""
+    block = head.to(gl.int64) * M + m
+    count = gl.load(kept_ptr + block * (1 + slots), mask=exists, other=1)
+    last_word, q_scale = 0, 1.0
+    if RAGGED:
+        last_word = gl.load(bits_ptr + block * words + ((T - 1) >> 5), mask=exists, other=0)
+    if q_scale_ptr is not None:
+        q_scale = gl.load(q_scale_ptr + block, mask=exists, other=1.0)
+    return count, last_word, q_scale
+
+
+@gluon.jit
 def consume(
     part: gl.constexpr, out_tiles, sparse_out_tiles, order_ptr, kept_ptr, bits_ptr, logit_ptr, gain_ptr, q_scale_ptr,
     v_scale_ptr, center_ptr, states_ptr, out_ptr, sparse_out_ptr, sparse_lse_ptr, tail_lse_ptr, q_smem, k_smem, v_smem,
@@ -110,6 +127,7 @@ def consume(
     q_layout: gl.constexpr = left_operand(scores_layout(2), 2)
     codes_layout: gl.constexpr = left_operand(scores_layout(KEY_BYTES), KEY_BYTES)
     phi_layout: gl.constexpr = left_operand(o_layout, 2)
+    zeros_layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     # Of FP8 values sums and total are TOP_CODE times too large, which cancels in all but log-sum-exps.
     LOG2_UNIT: gl.constexpr = LOG2_TOP_CODE if FP8_VALUES and (FP8_MEANS or not TAIL) else 0.0
     means_layout: gl.constexpr = out_layout(D, v_bar_smem.dtype.primitive_bitwidth // 8)
@@ -122,11 +140,12 @@ def consume(
     turn = 0
     total_blocks = num_heads * M
     head, m = query_block(gl.program_id(0), num_heads, M, first_exact, last_exact)
-    count = gl.load(kept_ptr + (head.to(gl.int64) * M + m) * (1 + slots))
+    count, last_word, q_scale = _numbers(
+        head, m, True, M, T, slots, words, kept_ptr, bits_ptr, q_scale_ptr, RAGGED
+    )  # fmt: skip
     for index in range(gl.program_id(0), total_blocks, gl.num_programs(0)):
         wide_head = head.to(gl.int64)
         block = wide_head * M + m
-        kept_row = kept_ptr + block * (1 + slots)
         b, h = head // H, head % H
         kv_head = (b * (H // GROUP) + h // GROUP).to(gl.int64)
         logit = 0.0
@@ -148,10 +167,6 @@ def consume(
             if turn == 0:
                 mbarrier.wait(head_start, 0)
         mbarrier.wait(q_full.index(buffer), (turn >> 1) & 1)
-        if turn > 0:
-            # The last block's rows have left for memory by now, from where its queries were.
-            tma.store_wait(0)
-            mbarrier.arrive(q_empty.index(buffer ^ 1), count=1)
         acc = gl.zeros([64, D], gl.float32, layout=kept_layout)
         peak = gl.full([64], float("-inf"), gl.float32, layout=gl.SliceLayout(1, kept_layout))
         # In base 2, what a learned logit adds to the scores of kept keys that share a softmax with means.
@@ -166,7 +181,6 @@ def consume(
         q = q_block.load(q_layout)
         kept_q = q
         if q_scale_ptr is not None:
-            q_scale = gl.load(q_scale_ptr + block)
             kept_q = _to_codes(q_block.load(codes_layout), q_scale, k_smem.dtype)
             kept_factor = factor * q_scale
         num_means = 0
@@ -179,22 +193,28 @@ def consume(
         first_slot = slot
         # -1, and a number of the same kind as those of slots.
         no_slot = gl.minimum(slot, -1)
+        products = warpgroup_mma_wait(0, deps=[issue_first(kept_q, k_smem, full, slot, phase, True)])
         weights, peak, held, total, slot, phase = begin(
-            acc, peak, kept_q, k_smem, v_smem, scale_smem, full, slot, phase, count, num_waits, kept_factor, kept_bias,
-            kept_row + 1, T, last_size, 0.0, False, RAGGED,
+            acc, peak, products, kept_q, k_smem, v_smem, scale_smem, full, slot, phase, num_waits, kept_factor,
+            kept_bias, None, T, (last_word >> ((T - 1) & 31)) & 1 == 1, last_size, 0.0, False, RAGGED,
         )  # fmt: skip
         if part == 0:
             if turn == 0:
                 mbarrier.arrive(head_start, count=1)
+        if turn > 0:
+            # The last block's rows have left for memory by now, from where its queries were.
+            tma.store_wait(0)
+            mbarrier.arrive(q_empty.index(buffer ^ 1), count=1)
+        group_barrier()
         acc, weights, peak, held, total, used_slot, last_slot, slot, phase = stream(
             acc, weights, peak, held, total, kept_q, k_smem, v_smem, scale_smem, full, empty, no_slot, first_slot, slot,
-            phase, 1, count, num_waits, kept_factor, kept_bias, kept_row + 1, T, last_size, 0.0, False, RAGGED, PROMOTE,
+            phase, 1, count, num_waits, kept_factor, kept_bias, None, T, 0.0, False, RAGGED, PROMOTE,
         )  # fmt: skip
         if JOINED:
             acc, weights, peak, held, total, used_slot, last_slot, slot, phase = stream(
                 acc, weights, peak, held, total, kept_q, k_smem, v_smem, scale_smem, full, empty, used_slot, last_slot,
-                slot, phase, 0, num_means, num_means, kept_factor, MEAN_BIAS, bits_ptr + block * words, T, last_size,
-                last_bias, True, RAGGED, PROMOTE,
+                slot, phase, 0, num_means, num_means, kept_factor, MEAN_BIAS, bits_ptr + block * words, T, last_bias,
+                True, RAGGED, PROMOTE,
             )  # fmt: skip
         acc, token = issue_last(acc, weights, held, v_smem, last_slot, PROMOTE)
         total = row_totals(total, gl.SliceLayout(1, kept_layout))
@@ -225,9 +245,9 @@ def consume(
             phi = gl.convert_layout(features.to(dtype), phi_layout)
         # The next block, while the last values are multiplied.
         next_head, next_m = query_block(index + gl.num_programs(0), num_heads, M, first_exact, last_exact)
-        next_count = gl.load(
-            kept_ptr + (next_head.to(gl.int64) * M + next_m) * (1 + slots),
-            mask=index + gl.num_programs(0) < total_blocks, other=1,
+        next_count, next_word, next_scale = _numbers(
+            next_head, next_m, index + gl.num_programs(0) < total_blocks, M, T, slots, words, kept_ptr, bits_ptr,
+            q_scale_ptr, RAGGED,
         )  # fmt: skip
         acc = finish(acc, token, held, empty, used_slot, last_slot, PROMOTE)
         if FP8_VALUES and TAIL and not FP8_MEANS:
@@ -264,7 +284,6 @@ def consume(
         elif APART:
             # It waits there, in 16 bit, while the registers are the tail's.
             q_block.store(sparse_out.to(dtype))
-        gl.store(sparse_lse_ptr + wide_head * N + token_of_row, lse, mask=row < N)
         if TAIL and not JOINED:
             if num_means > 0:
                 tail_acc = acc
@@ -278,14 +297,16 @@ def consume(
                     # Not -inf, since all means of a tile can be those of kept blocks.
                     peak = gl.full([64], LOWEST_PEAK, gl.float32, layout=row_layout)
                 first_slot = slot
+                products = warpgroup_mma_wait(0, deps=[issue_first(kept_q, k_smem, full, slot, phase, True)])
                 mean_weights, mean_peak, mean_held, mean_total, slot, phase = begin(
-                    tail_acc, peak, kept_q, k_smem, v_bar_smem, scale_smem, full, slot, phase, num_means, num_means,
-                    kept_factor, MEAN_BIAS, bits_ptr + block * words, T, last_size, last_bias, True, RAGGED,
+                    tail_acc, peak, products, kept_q, k_smem, v_bar_smem, scale_smem, full, slot, phase, num_means,
+                    kept_factor, MEAN_BIAS, bits_ptr + block * words, T, num_means == 1, last_size, last_bias, True,
+                    RAGGED,
                 )  # fmt: skip
                 tail_acc, mean_weights, mean_peak, mean_held, mean_total, used_slot, last_slot, slot, phase = stream(
                     tail_acc, mean_weights, mean_peak, mean_held, mean_total, kept_q, k_smem, v_bar_smem, scale_smem,
                     full, empty, no_slot, first_slot, slot, phase, 1, num_means, num_means, kept_factor, MEAN_BIAS,
-                    bits_ptr + block * words, T, last_size, last_bias, True, RAGGED, PROMOTE and FP8_MEANS,
+                    bits_ptr + block * words, T, last_bias, True, RAGGED, PROMOTE and FP8_MEANS,
                 )  # fmt: skip
                 tail_acc, mean_token = issue_last(
                     tail_acc, mean_weights, mean_held, v_bar_smem, last_slot, PROMOTE and FP8_MEANS
@@ -308,7 +329,6 @@ def consume(
                     tail_out = _of_values(tail_acc, v_scale, o_layout, FP8_MEANS) * ((1 - share) / added)[:, None]
                     acc = q_block.load(o_layout).to(gl.float32) * share[:, None] + tail_out
                     total = gl.full([64], 1.0, gl.float32, layout=row_layout)
-        gl.store(tail_lse_ptr + wide_head * N + token_of_row, tail_lse, mask=row < N)
         if SHARED:
             acc = _of_values(acc, v_scale, o_layout, FP8_VALUES)
         acc = acc * ((1 - rest) / total)[:, None]
@@ -318,6 +338,15 @@ def consume(
             acc = warpgroup_mma_wait(0, deps=[token])
             mbarrier.arrive(state_empty, count=1)
         write_rows(out_tiles, out_ptr, order_ptr, acc.to(dtype), q_block, out_row, out_column, first_row, N, out_sn)
-        head, m, count = next_head, next_m, next_count
+        # Behind the output, which waits for every store before it.
+        if not SAVE:
+            # Zeros, in whatever order.
+            token_of_row = first_row + gl.arange(0, 64, layout=zeros_layout)
+            row = token_of_row
+            lse = gl.zeros([64], gl.float32, layout=zeros_layout)
+            tail_lse = lse
+        gl.store(sparse_lse_ptr + wide_head * N + token_of_row, lse, mask=row < N)
+        gl.store(tail_lse_ptr + wide_head * N + token_of_row, tail_lse, mask=row < N)
+        head, m, count, last_word, q_scale = next_head, next_m, next_count, next_word, next_scale
         turn += 1
     tma.store_wait(0)

@@ -44,9 +44,8 @@ def fetch_state(state_tiles, block, state_smem, state_full, state_empty, turn):
 
 
 @gluon.jit
-def _fetch_scale(k_scale_ptr, block, scale_smem, empty, slot, phase):
+def _put_scale(scale, scale_smem, empty, slot, phase):
     """The scale of a block of codes, for all rows of scores alike, into the slot of its tile once that is empty."""
-    scale = gl.load(k_scale_ptr + block)
     mbarrier.wait(empty.index(slot), phase ^ 1)
     layout: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
     scale_smem.index(slot).store(gl.full([64], scale, gl.float32, layout=layout))
@@ -64,13 +63,30 @@ def fetch(
     q_rows: rows from one batch element to the next; q_head_rows, q_columns: rows and columns from one head to the next.
     """
     D: gl.constexpr = q_smem.shape[2]
+    # Rows of a tile of values: keys, or channels where it is transposed.
+    V_ROWS: gl.constexpr = v_tiles.block_type.shape[0]
+    CODES: gl.constexpr = k_scale_ptr is not None
     slot, phase = 0, 0
     turn = 0
-    for index in range(gl.program_id(0), num_heads * M, gl.num_programs(0)):
-        head, m = query_block(index, num_heads, M, first_exact, last_exact)
+    total_blocks = num_heads * M
+    # Key blocks come from the last to the first: the short one, if it is listed, meets `begin`. Lists and scales are
+    # read a step before they are needed: this warp has nothing else to do while they come.
+    head, m = query_block(gl.program_id(0), num_heads, M, first_exact, last_exact)
+    kept_row = kept_ptr + (head.to(gl.int64) * M + m) * (1 + slots)
+    count = gl.load(kept_row)
+    first = gl.load(kept_row + gl.minimum(count, slots))
+    for index in range(gl.program_id(0), total_blocks, gl.num_programs(0)):
         b, h = head // H, head % H
         g = h // GROUP
         kv_head = b * (H // GROUP) + g
+        j = gl.where(count < T, first, T - 1)
+        scale, mean_scale = 0.0, 0.0
+        scales = k_scale_ptr
+        if CODES:
+            scales += kv_head * num_stored
+            scale = gl.load(scales + j)
+            if k_bar_tiles is not None:
+                mean_scale = gl.load(scales + T)
         buffer = turn & 1
         queries_full = q_full.index(buffer)
         mbarrier.wait(q_empty.index(buffer), ((turn >> 1) & 1) ^ 1)
@@ -86,18 +102,22 @@ def fetch(
             v_row, v_column = b * v_rows + g * v_head_rows, g * v_columns
         else:
             v_row, v_column = kv_head * num_stored * D, 0
-        # Rows of a tile of values: keys, or channels where it is transposed.
-        V_ROWS: gl.constexpr = v_tiles.block_type.shape[0]
-        kept_row = kept_ptr + (head.to(gl.int64) * M + m) * (1 + slots)
-        count = gl.load(kept_row)
+        next_head, next_m = query_block(index + gl.num_programs(0), num_heads, M, first_exact, last_exact)
+        next_row = kept_ptr + (next_head.to(gl.int64) * M + next_m) * (1 + slots)
+        has_next = index + gl.num_programs(0) < total_blocks
+        next_count = gl.load(next_row, mask=has_next, other=0)
         for i in range(count):
-            j = gl.load(kept_row + 1 + i, mask=count < T, other=i)
-            if k_scale_ptr is not None:
-                _fetch_scale(k_scale_ptr, kv_head * num_stored + j, scale_smem, empty, slot, phase)
+            following = gl.load(kept_row + count - 1 - i, mask=(count < T) & (i + 1 < count), other=T - 2 - i)
+            if CODES:
+                _put_scale(scale, scale_smem, empty, slot, phase)
             slot, phase = fetch_pair(
                 k_tiles, v_tiles, k_row + j * 64, k_column, v_row + j * V_ROWS, v_column, k_smem, v_smem, full, empty,
                 slot, phase,
             )  # fmt: skip
+            j = following
+            if CODES:
+                scale = gl.load(scales + j, mask=i + 1 < count, other=0.0)
+        first = gl.load(next_row + gl.minimum(next_count, slots), mask=has_next, other=0)
         if k_bar_tiles is not None:
             # As codes means are the blocks behind the keys'.
             k_row, v_row = kv_head * T, kv_head * T
@@ -106,13 +126,17 @@ def fetch(
             if v_bar_smem.dtype != q_smem.dtype:
                 v_row = (kv_head * num_stored + T) * D
             V_BAR_ROWS: gl.constexpr = v_bar_tiles.block_type.shape[0]
-            for i in range(gl.where(count == T, 0, (T + 63) // 64)):
-                if k_scale_ptr is not None:
-                    _fetch_scale(k_scale_ptr, kv_head * num_stored + T + i, scale_smem, empty, slot, phase)
+            num_means = gl.where(count == T, 0, (T + 63) // 64)
+            for i in range(num_means):
+                if CODES:
+                    _put_scale(mean_scale, scale_smem, empty, slot, phase)
                 slot, phase = fetch_pair(
                     k_bar_tiles, v_bar_tiles, k_row + i * 64, 0, v_row + i * V_BAR_ROWS, 0, k_smem, v_bar_smem, full,
                     empty, slot, phase,
                 )  # fmt: skip
+                if CODES:
+                    mean_scale = gl.load(scales + T + i + 1, mask=i + 1 < num_means, other=0.0)
         if state_tiles is not None:
             fetch_state(state_tiles, head * M + m, state_smem, state_full, state_empty, turn)
+        head, m, kept_row, count = next_head, next_m, next_row, next_count
         turn += 1

@@ -68,10 +68,11 @@ def gather(
         v_row, v_column = b * v_rows + g * v_head_rows, g * v_columns
         kept_row = kept_ptr + (head.to(gl.int64) * M + m) * (1 + slots)
         count = gl.load(kept_row)
-        j = gl.load(kept_row + 1, mask=count < T, other=0)
+        # From the last to the first, as in `fetch`.
+        j = gl.load(kept_row + count, mask=count < T, other=T - 1)
         for i in range(count):
             first = j * 64
-            j = gl.load(kept_row + 2 + i, mask=(count < T) & (i + 1 < count), other=i + 1)
+            j = gl.load(kept_row + count - 1 - i, mask=(count < T) & (i + 1 < count), other=T - 2 - i)
             mbarrier.wait(empty.index(slot), phase ^ 1)
             _copy_rows(k_ptr, k_pitch, k_row, k_column, order_ptr, first, N_KV, k_smem.index(slot))
             _copy_rows(v_ptr, v_pitch, v_row, v_column, order_ptr, first, N_KV, v_smem.index(slot))

@@ -101,10 +101,10 @@ def _issue_values(probs, values, acc, APART: gl.constexpr):
 
 
 @gluon.jit
-def _mask_short(scores, tile, last, last_size):
-    """-inf for keys past the end, where the tile is of the last, short key block."""
+def _mask_short(scores, last_size):
+    """-inf for keys past the end of the last, short key block."""
     column = gl.arange(0, KEYS, layout=gl.SliceLayout(0, scores.type.layout))
-    return gl.where((column < gl.where(tile == last, last_size, KEYS))[None, :], scores, float("-inf"))
+    return gl.where((column < last_size)[None, :], scores, float("-inf"))
 
 
 @gluon.jit
@@ -117,13 +117,10 @@ def _mask_means(scores, low, high):
 
 
 @gluon.jit
-def _weigh_short_mean(scores, factor, first, T, last_bias, SHIFTED: gl.constexpr):
-    """Scores in base 2, with `last_bias` added for the mean of the last block, and the factor 1 that they then have."""
+def _weigh_short_mean(scores, factor, first, T, last_bias):
+    """Scores with `last_bias`, in base 2, added for the mean of the last block."""
     column = gl.arange(0, KEYS, layout=gl.SliceLayout(0, scores.type.layout))
-    if SHIFTED:
-        scores -= INTEGER_FLOAT
-    scores = scores * factor[:, None] + gl.where(first + column == T - 1, last_bias, 0.0)[None, :]
-    return scores, gl.full([ROWS], 1.0, gl.float32, layout=factor.type.layout)
+    return scores + gl.where((first + column == T - 1)[None, :], (last_bias / factor)[:, None], 0.0)
 
 
 @gluon.jit
@@ -187,6 +184,12 @@ def _to_operand(weights, dtype: gl.constexpr, layout: gl.constexpr):
         return gl.convert_layout(weights.to(dtype), layout)
 
 
+@gluon.constexpr_function
+def is_shifted(dtype, fp8_values, weighs_means):
+    """Whether scores are INTEGER_FLOAT too large for a while. A mean's weight would be lost in such a number."""
+    return dtype == gl.int8 and not fp8_values and not weighs_means
+
+
 @gluon.jit
 def _as_scores(products, SHIFTED: gl.constexpr):
     """Products of 8-bit integers as float32, by instructions at full rate, unlike a conversion.
@@ -202,38 +205,47 @@ def _as_scores(products, SHIFTED: gl.constexpr):
 
 
 @gluon.jit
+def issue_first(q, k_smem, full, slot, phase, pred):
+    """The first tile's scores, in flight, once its keys are there; without `pred` some others at once."""
+    mbarrier.wait(full.index(slot), phase, pred=pred)
+    return _issue_scores(q, k_smem.index(slot))
+
+
+@gluon.jit
 def begin(
-    acc, peak, q, k_smem, v_smem, scale_smem, full, slot, phase, num_tiles, num_waits, factor, bias, tile_ptr, T,
-    last_size, last_bias, MEANS: gl.constexpr, RAGGED: gl.constexpr,
+    acc, peak, products, q, k_smem, v_smem, scale_smem, full, slot, phase, num_waits, factor, bias, words_ptr, T,
+    is_short, last_size, last_bias, MEANS: gl.constexpr, RAGGED: gl.constexpr,
 ):  # fmt: skip
     """The first tile's weights, with nothing in flight; see `stream` for the arguments.
 
     Args:
         acc: (64, D) float32 sums so far, zeros or those of tiles before.
         peak: (64,) float32 about the largest score so far, in base 2; -inf before the first tile.
+        products: (64, 64) of queries and the tile's keys.
+        is_short: whether this is the last, short key block, or holds its mean.
+        last_size: its keys.
     Returns:
         weights, peak, held, total: what `stream` takes.
         slot, phase: of the next tile, which has been waited for if there is one.
     """
     STAGES: gl.constexpr = k_smem.shape[0]
     FP8: gl.constexpr = v_smem.dtype == gl.float8e4nv
-    SHIFTED: gl.constexpr = q.dtype == gl.int8 and not FP8
+    SHIFTED: gl.constexpr = is_shifted(q.dtype, FP8, MEANS and RAGGED)
     peak = gl.convert_layout(peak, gl.SliceLayout(1, q.type.layout.parent))
     low, high = 0, 0
     if MEANS:
-        low, high = gl.load(tile_ptr), gl.load(tile_ptr + 1)
-    mbarrier.wait(full.index(slot), phase)
-    token = _issue_scores(q, k_smem.index(slot))
+        low, high = gl.load(words_ptr), gl.load(words_ptr + 1)
     tile_factor = _factor(factor, q, scale_smem, slot)
     slot, phase = next_slot(slot, phase, STAGES)
-    scores = _as_scores(warpgroup_mma_wait(0, deps=[token]), SHIFTED)
+    scores = _as_scores(products, SHIFTED)
     if MEANS:
         scores = _mask_means(scores, low, high)
-        if RAGGED:
-            scores, tile_factor = _weigh_short_mean(scores, tile_factor, 0, T, last_bias, SHIFTED)
-    elif RAGGED:
-        scores = _mask_short(scores, gl.load(tile_ptr, mask=num_tiles < T, other=0), T - 1, last_size)
-    weights, peak, rescale = _softmax(scores, peak, tile_factor, bias, FP8, SHIFTED and not (MEANS and RAGGED))
+    if RAGGED:
+        if MEANS:
+            scores = _weigh_short_mean(scores, tile_factor, 0, T, gl.where(is_short, last_bias, 0.0))
+        else:
+            scores = _mask_short(scores, gl.where(is_short, last_size, KEYS))
+    weights, peak, rescale = _softmax(scores, peak, tile_factor, bias, FP8, SHIFTED)
     if num_waits > 1:
         mbarrier.wait(full.index(slot), phase)
     held = gl.convert_layout(rescale, gl.SliceLayout(1, acc.type.layout))
@@ -271,68 +283,10 @@ def _shrink(acc, held):
 
 
 @gluon.jit
-def _tiles(
-    acc, weights, peak, held, total, q, k_smem, v_smem, scale_smem, full, empty, used_slot, last_slot, slot, phase,
-    first, num_tiles, num_waits, factor, bias, tile_ptr, T, last_size, last_bias, MEANS: gl.constexpr,
-    RAGGED: gl.constexpr, PROMOTE: gl.constexpr,
-):  # fmt: skip
-    """The loop of `stream` over tiles of which, if RAGGED, any can be the short one."""
-    STAGES: gl.constexpr = k_smem.shape[0]
-    FP8: gl.constexpr = v_smem.dtype == gl.float8e4nv
-    SHIFTED: gl.constexpr = q.dtype == gl.int8 and not FP8
-    o_layout: gl.constexpr = acc.type.layout
-    p_layout: gl.constexpr = left_operand(o_layout, v_smem.dtype.primitive_bitwidth // 8)
-    sum_layout: gl.constexpr = gl.SliceLayout(1, total.type.layout)
-    # Whether the ring is deep enough to give a slot back a step after it was used.
-    LATE: gl.constexpr = STAGES > 3
-    low, high = 0, 0
-    for i in range(first, num_tiles):
-        # What is read from memory here is used after the scores.
-        if MEANS:
-            low, high = gl.load(tile_ptr + 2 * i), gl.load(tile_ptr + 2 * i + 1)
-        tile_factor = _factor(factor, q, scale_smem, slot)
-        token = _issue_scores(q, k_smem.index(slot))
-        if not PROMOTE:
-            # Behind the scores: the tensor cores have work in the meantime.
-            acc = _shrink(acc, held)
-        probs = _to_operand(weights, v_smem.dtype, p_layout)
-        acc_token = _issue_values(probs, v_smem.index(last_slot), acc, PROMOTE)
-        if LATE:
-            # Here and not when it is done with: the compiler lets a group's warps wait for each other before and after
-            # what it takes for an access to all shared memory, and here they wait for the scores in any case.
-            give_back(empty, used_slot)
-            group_barrier()
-        scores = _as_scores(warpgroup_mma_wait(1, deps=[token]), SHIFTED)
-        if MEANS:
-            scores = _mask_means(scores, low, high)
-            if RAGGED:
-                scores, tile_factor = _weigh_short_mean(scores, tile_factor, i * KEYS, T, last_bias, SHIFTED)
-        elif RAGGED:
-            scores = _mask_short(scores, gl.load(tile_ptr + i, mask=num_tiles < T, other=i), T - 1, last_size)
-        weights, peak, rescale = _softmax(scores, peak, tile_factor, bias, FP8, SHIFTED and not (MEANS and RAGGED))
-        added = sum_in_thread(weights)
-        after, after_phase = next_slot(slot, phase, STAGES)
-        # Here and not where it is needed: a branch keeps the assembler from moving the next wait up to before the
-        # softmax.
-        if i + 1 < num_waits:
-            mbarrier.wait(full.index(after), after_phase)
-        product = warpgroup_mma_wait(0, deps=[acc_token])
-        if not LATE:
-            give_back(empty, last_slot)
-        acc = acc * held[:, None] + product if PROMOTE else product
-        held = gl.convert_layout(rescale, gl.SliceLayout(1, o_layout))
-        total = total * gl.convert_layout(rescale, sum_layout)[:, None] + added
-        if LATE:
-            used_slot = last_slot
-        last_slot, slot, phase = slot, after, after_phase
-    return acc, weights, peak, held, total, used_slot, last_slot, slot, phase
-
-
-@gluon.jit
 def stream(
     acc, weights, peak, held, total, q, k_smem, v_smem, scale_smem, full, empty, used_slot, last_slot, slot, phase,
-    first, num_tiles, num_waits, factor, bias, tile_ptr, T, last_size, last_bias, MEANS: gl.constexpr,
-    RAGGED: gl.constexpr, PROMOTE: gl.constexpr,
+    first, num_tiles, num_waits, factor, bias, words_ptr, T, last_bias, MEANS: gl.constexpr, RAGGED: gl.constexpr,
+    PROMOTE: gl.constexpr,
 ):  # fmt: skip
     """Attend to tiles `first` to `num_tiles`, after another one whose weights are there and whose values are not.
 
@@ -349,29 +303,64 @@ def stream(
         num_waits: as many as `num_tiles`, or more where tiles follow with nothing between.
         factor: what makes of a product of q and k a score in base 2, but for a code's scale.
         bias: added to scores in base 2.
-        tile_ptr: the kept blocks' list; for MEANS the words of the block mask.
-        T: number of key blocks; where num_tiles is as large, none is listed.
-        last_size, last_bias: keys of the last block; what its mean weighs less than others', in base 2.
+        words_ptr: for MEANS, the words of the block mask.
+        T: number of key blocks.
+        last_bias: what the mean of the last key block weighs less than others', in base 2. That block itself is no
+            matter here: where it is short, it comes first.
         PROMOTE: add up the tiles' products outside of the tensor cores, which cut off all but some 14 bits of FP8 sums:
             that matters where very many tiles are added.
 
     Returns:
         acc, weights, peak, held, total and the four of the ring, for what follows.
     """
-    # Only the last tile can be the short one. It has a loop of its own, that runs once or not at all: of a branch the
-    # assembler makes instructions that every tile executes.
-    whole = num_tiles
-    if RAGGED:
-        whole = gl.maximum(first, num_tiles - 1)
-    acc, weights, peak, held, total, used_slot, last_slot, slot, phase = _tiles(
-        acc, weights, peak, held, total, q, k_smem, v_smem, scale_smem, full, empty, used_slot, last_slot, slot, phase,
-        first, whole, num_waits, factor, bias, tile_ptr, T, last_size, last_bias, MEANS, False, PROMOTE,
-    )  # fmt: skip
-    if RAGGED:
-        acc, weights, peak, held, total, used_slot, last_slot, slot, phase = _tiles(
-            acc, weights, peak, held, total, q, k_smem, v_smem, scale_smem, full, empty, used_slot, last_slot, slot,
-            phase, whole, num_tiles, num_waits, factor, bias, tile_ptr, T, last_size, last_bias, MEANS, True, PROMOTE,
-        )  # fmt: skip
+    STAGES: gl.constexpr = k_smem.shape[0]
+    FP8: gl.constexpr = v_smem.dtype == gl.float8e4nv
+    SHIFTED: gl.constexpr = is_shifted(q.dtype, FP8, MEANS and RAGGED)
+    o_layout: gl.constexpr = acc.type.layout
+    p_layout: gl.constexpr = left_operand(o_layout, v_smem.dtype.primitive_bitwidth // 8)
+    sum_layout: gl.constexpr = gl.SliceLayout(1, total.type.layout)
+    # Whether the ring is deep enough to give a slot back a step after it was used.
+    LATE: gl.constexpr = STAGES > 3
+    low, high = 0, 0
+    for i in range(first, num_tiles):
+        # What is read from memory here is used after the scores.
+        if MEANS:
+            low, high = gl.load(words_ptr + 2 * i), gl.load(words_ptr + 2 * i + 1)
+        tile_factor = _factor(factor, q, scale_smem, slot)
+        token = _issue_scores(q, k_smem.index(slot))
+        if not PROMOTE:
+            # Behind the scores: the tensor cores have work in the meantime.
+            acc = _shrink(acc, held)
+        probs = _to_operand(weights, v_smem.dtype, p_layout)
+        acc_token = _issue_values(probs, v_smem.index(last_slot), acc, PROMOTE)
+        if LATE:
+            # Here and not when it is done with: the compiler lets a group's warps wait for each other before and after
+            # what it takes for an access to all shared memory, and here they wait for the scores in any case.
+            give_back(empty, used_slot)
+            group_barrier()
+        scores = _as_scores(warpgroup_mma_wait(1, deps=[token]), SHIFTED)
+        if MEANS:
+            scores = _mask_means(scores, low, high)
+        if MEANS and RAGGED:
+            # A loop that runs once or not at all: of a branch the assembler makes instructions that all tiles execute.
+            for _ in range(gl.where(i == num_tiles - 1, 1, 0)):
+                scores = _weigh_short_mean(scores, tile_factor, i * KEYS, T, last_bias)
+        weights, peak, rescale = _softmax(scores, peak, tile_factor, bias, FP8, SHIFTED)
+        added = sum_in_thread(weights)
+        after, after_phase = next_slot(slot, phase, STAGES)
+        # Here and not where it is needed: a branch keeps the assembler from moving the next wait up to before the
+        # softmax.
+        if i + 1 < num_waits:
+            mbarrier.wait(full.index(after), after_phase)
+        product = warpgroup_mma_wait(0, deps=[acc_token])
+        if not LATE:
+            give_back(empty, last_slot)
+        acc = acc * held[:, None] + product if PROMOTE else product
+        held = gl.convert_layout(rescale, gl.SliceLayout(1, o_layout))
+        total = total * gl.convert_layout(rescale, sum_layout)[:, None] + added
+        if LATE:
+            used_slot = last_slot
+        last_slot, slot, phase = slot, after, after_phase
     return acc, weights, peak, held, total, used_slot, last_slot, slot, phase
 
 

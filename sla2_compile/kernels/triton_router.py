@@ -20,6 +20,8 @@ from sla2_compile.kernels.settings import Settings
 
 # Part of the head dimension that a step of a float32 product takes.
 CHUNK = 32
+# Of a thread that chooses: as many rows as these allow share a multiprocessor.
+CHOOSE_REGISTERS = 96
 
 
 @triton.jit
@@ -240,7 +242,7 @@ def route(
         scores, n, kept, bits, num_nonempty, heads, rows, total, slots, words, keys.num_first, keys.last_start,
         queries.num_first, queries.last_start, BLOCK_T=block_t, SLOTS=next_power_of_two(slots),
         # Sums over a warp are one instruction, over several a wait for each other.
-        num_warps=min(8, max(1, block_t // 512)), maxnreg=MAX_REGISTERS,
+        num_warps=min(8, max(1, block_t // 512)), maxnreg=CHOOSE_REGISTERS,
     )  # fmt: skip
     return Choice(bits, num_nonempty)
 
