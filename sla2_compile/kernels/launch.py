@@ -47,7 +47,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         return
     compiled, rest = known
     stream = driver.active.get_current_stream(device)
-    compiled[grid if len(grid) == 3 else (*grid, 1, 1)](*args, *rest, stream=stream)
+    compiled[(*grid, 1, 1)[:3]](*args, *rest, stream=stream)
 
 
 def _traits(x: Any) -> Any:

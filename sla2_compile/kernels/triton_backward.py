@@ -31,7 +31,7 @@ from sla2_compile.kernels.triton_backward_linear_keys import (
 )
 from sla2_compile.kernels.triton_backward_linear_queries import linear_query_gradients
 from sla2_compile.kernels.triton_backward_queries import queries_config, query_gradient
-from sla2_compile.kernels.triton_backward_rows import Rows, row_statistics
+from sla2_compile.kernels.triton_backward_rows import Rows, finds_mixing_anew, mixing_gradients, row_statistics
 from sla2_compile.kernels.triton_backward_tail import tail_config, tail_gradient
 from sla2_compile.kernels.triton_inverse_index import InverseIndex, inverse_index
 from sla2_compile.kernels.triton_linear_state import tail_mask, tail_states
@@ -109,7 +109,11 @@ def backward(
             dk_bar, dv_bar = found or tail_gradient(*of_tail, order, settings, config_of_tail)
         of_queries = (dq, grad_out, q, k, v, kept, index.bits, means, rows, real, order, settings)
         if not gluon_backward_queries.query_gradient(*of_queries):
-            query_gradient(*of_queries, queries_config(*hardware))
+            anew = has_tail and finds_mixing_anew(q, settings)
+            tail_product = torch.empty_like(rows.tail_lse) if anew else None
+            query_gradient(*of_queries, queries_config(*hardware), tail_product)
+            if tail_product is not None:
+                mixing_gradients(d_logit, d_gain, rows, tail_product, settings)
         of_keys = (
             dk, dv, grad_out, q, k, v, index, rows, means.n, dk_bar, dv_bar, correction, real, order, settings,
         )  # fmt: skip

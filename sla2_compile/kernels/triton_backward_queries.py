@@ -85,7 +85,7 @@ def _kept_step(
 @triton.jit
 def _queries_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, kept_ptr, bits_ptr, k_bar_ptr, v_bar_ptr, n_ptr, k_mean_ptr, real_ptr, order_ptr,
-    sparse_lse_ptr, offset_ptr, sparse_cap_ptr, tail_lse_ptr, tail_offset_ptr, tail_cap_ptr, dq_ptr,
+    sparse_lse_ptr, offset_ptr, sparse_cap_ptr, tail_lse_ptr, tail_offset_ptr, tail_cap_ptr, dq_ptr, product_ptr,
     q_sb, q_sh, q_sn, k_sb, k_sh, k_sn, v_sb, v_sh, v_sn, grad_sb, grad_sh, grad_sn, real_sb,
     H, GROUP, N, N_KV, M, T, slots, words, first_exact, last_exact, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
@@ -95,7 +95,8 @@ def _queries_kernel(
 ):  # fmt: skip
     """Grid (B H M BLOCK_Q / ROWS,), first the query blocks that keep every key block, which take longest.
 
-    POOLED: the tail's scores are pooled ones; VALUES: so are its values. ACCUMULATE: add to what dq holds.
+    POOLED: the tail's scores are pooled ones; VALUES: so are its values. ACCUMULATE: add to what dq holds. product_ptr:
+    where the sums of r (dO . v_bar) over the tail go, or None.
     """
     q_sb, q_sh, q_sn = in_elements((q_sb, q_sh, q_sn), UNIT)
     k_sb, k_sh, k_sn = in_elements((k_sb, k_sh, k_sn), UNIT)
@@ -168,6 +169,7 @@ def _queries_kernel(
         lse, offset = tl.load(tail_lse_ptr + statistics), tl.load(tail_offset_ptr + statistics)
         if CAP and VALUES:
             cap = tl.load(tail_cap_ptr + statistics)
+        product = tl.zeros([ROWS], tl.float32)
         for first in tl.range(0, tl.where(keeps_all, 0, T), MEANS, num_stages=STAGES):
             j = first + tl.arange(0, MEANS)
             word = tl.load(bits_ptr + (j >> 5), mask=j < T, other=-1)
@@ -192,8 +194,13 @@ def _queries_kernel(
             scores += bias[None, :]
             if CAP and VALUES:
                 scores = tl.minimum(scores, cap[:, None])
-            d_scores = tl.exp2(scores) * (d_probs - offset[:, None])
+            weights = tl.exp2(scores)
+            if product_ptr is not None:
+                product += tl.sum(weights * d_probs, 1)
+            d_scores = weights * (d_probs - offset[:, None])
             dq = tl.dot(d_scores.to(k_bar.dtype), k_bar, dq, input_precision=PRECISION)
+        if product_ptr is not None:
+            tl.store(product_ptr + statistics, product)
 
     # Where the result goes follows from the query block's number: nothing else of it is held during the loops.
     head, m = row // M, (row % M).to(tl.int32)
@@ -223,8 +230,12 @@ def query_gradient(
     order: Tensor | None,
     settings: Settings,
     config: QueriesConfig,
+    tail_product: Tensor | None,
 ) -> None:
-    """Write dq (B, H, N, D), contiguous; with a linear tail add to what it holds."""
+    """Write dq (B, H, N, D), contiguous; with a linear tail add to what it holds.
+
+    tail_product: where the sums that `mixing_gradients` takes go, or None.
+    """
     (batch, heads, q_len, dim), kv_len = q.shape, k.shape[2]
     blocks, slots = kept.shape[2], kept.shape[3] - 1
     T, exact = means.n.shape[1], settings.exact_queries(q_len, kv_len)
@@ -234,7 +245,7 @@ def query_gradient(
     launch(
         _queries_kernel, (batch * heads * blocks * (settings.block_q // row_size),),
         q, k, v, grad_out, kept.contiguous(), bits, means.k_bar, means.v_bar, means.n, means.center, real, order,
-        rows.sparse_lse, rows.offset, rows.sparse_cap, rows.tail_lse, rows.tail_offset, rows.tail_cap, dq,
+        rows.sparse_lse, rows.offset, rows.sparse_cap, rows.tail_lse, rows.tail_offset, rows.tail_cap, dq, tail_product,
         *strides, 0 if real is None else real.stride(0),
         heads, heads // k.shape[1], q_len, kv_len, blocks, T, slots, bits.shape[2],
         exact.num_first, exact.last_start, settings.scale,

@@ -16,8 +16,9 @@ it is. Low-bit scores may lie far below these: p is then kept at most a, `sparse
 at most 1 - a, `tail_cap`. Rows past the last token get probability 0.
 
 The logit's gradient is the sum of a spread, the gain's that of a spread times the difference of the log-sum-exps. Where
-a is near 1 spread is the difference of two rounded outputs; with a linear tail both gradients are found anew from the
-branches' own (`triton_backward_linear_queries.py`).
+a is near 1 spread is the difference of two rounded outputs. With a linear tail both gradients are found anew from the
+branches' own (`triton_backward_linear_queries.py`), and in float32 with a pooled one from the tail's product, (1 - a)
+dO . O_t, which q's kernel sums up (`mixing_gradients`): 16-bit inputs are no better than their outputs.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Rows:
     linear_product: Tensor  # (1 - a) dO . O_l, which the linear tail's kernel for dq finds
     sparse_cap: Tensor
     tail_cap: Tensor
-    sparse_product: Tensor  # dO . O_s, and how the branches' log-sum-exps differ, for the linear tail's kernels
+    sparse_product: Tensor  # dO . O_s, and how the branches' log-sum-exps differ, for who finds a's gradients anew
     lse_difference: Tensor
 
 
@@ -65,9 +66,12 @@ def _rows_kernel(
     sparse_lse_sb, sparse_lse_sh, sparse_lse_sn, tail_lse_sb, tail_lse_sh, tail_lse_sn,
     H, GROUP, N, M, T, slots, field_size, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, TILE: tl.constexpr, LINEAR: tl.constexpr,
-    CAP: tl.constexpr, UNIT: tl.constexpr,
+    CAP: tl.constexpr, ANEW: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B M H,). logit_ptr, gain_ptr, k_mean_ptr, num_nonempty_ptr and order_ptr may be None."""
+    """Grid (B M H,). logit_ptr, gain_ptr, k_mean_ptr, num_nonempty_ptr and order_ptr may be None.
+
+    ANEW: `mixing_gradients` follows.
+    """
     grad_sb, grad_sh, grad_sn = in_elements((grad_sb, grad_sh, grad_sn), UNIT)
     q_sb, q_sh, q_sn = in_elements((q_sb, q_sh, q_sn), UNIT)
     out_sb, out_sh, out_sn = in_elements((out_sb, out_sh, out_sn), UNIT)
@@ -126,20 +130,21 @@ def _rows_kernel(
         tl.store(rows_ptr + position, tl.where(has_keys, lse, float("inf")))
         tl.store(rows_ptr + field_size + position, d + spread * (1 - gain))
         in_tail = exists & has_tail & (tl.abs(tail_lse) < float("inf"))
-        if CAP or LINEAR:
+        if CAP or LINEAR or ANEW:
             tl.store(rows_ptr + 6 * field_size + position, log_a)
         if LINEAR:
             tail_lse = tail_lse * LOG2_E
             tl.store(rows_ptr + 3 * field_size + position, gain * d_alpha)
             tl.store(rows_ptr + 4 * field_size + position, tl.where(has_tail & exists, tl.exp2(log_rest), 0.0))
-            tl.store(rows_ptr + 8 * field_size + position, tl.where(exists, d + spread, 0.0))
-            tl.store(rows_ptr + 9 * field_size + position, difference)
         else:
             tail_lse = tail_lse * LOG2_E - log_rest
             tail_offset = d - tl.exp2(tl.minimum(z, 64.0)) * spread * (1 - gain)
             tl.store(rows_ptr + 3 * field_size + position, tail_offset)
-            if CAP:
+            if CAP or ANEW:
                 tl.store(rows_ptr + 7 * field_size + position, log_rest)
+        if LINEAR or ANEW:
+            tl.store(rows_ptr + 8 * field_size + position, tl.where(exists, d + spread, 0.0))
+            tl.store(rows_ptr + 9 * field_size + position, difference)
         tl.store(rows_ptr + 2 * field_size + position, tl.where(in_tail, tail_lse, float("inf")))
     tl.store(d_logit_ptr + row, d_logit)
     tl.store(d_gain_ptr + row, d_gain)
@@ -191,6 +196,24 @@ def row_statistics(
         heads, group, q_len, blocks, num_key_blocks, kept.shape[3] - 1, rows.stride(0), settings.scale,
         D=dim, BLOCK_D=padded_dim(dim), BLOCK_Q=settings.block_q,
         TILE=16 if dim > 128 else min(settings.block_q, 32), LINEAR=settings.tail == "linear",
-        CAP=settings.qk_format is not None, UNIT=unit, num_warps=4, maxnreg=MAX_REGISTERS,
+        CAP=settings.qk_format is not None, ANEW=finds_mixing_anew(q, settings), UNIT=unit, num_warps=4,
+        maxnreg=MAX_REGISTERS,
     )  # fmt: skip
     return Rows(*rows), d_logit, d_gain
+
+
+def finds_mixing_anew(q: Tensor, settings: Settings) -> bool:
+    """Whether the gradients of a's logit and gain are those of `mixing_gradients`."""
+    return q.dtype == torch.float32 and settings.tail == "pooled" and not settings.is_low_bit
+
+
+def mixing_gradients(d_logit: Tensor, d_gain: Tensor, rows: Rows, tail_product: Tensor, settings: Settings) -> None:
+    """Write d logit and d gain of each query block, (B, H, M), of a pooled tail.
+
+    tail_product: (B H, M * block_q) float32 (1 - a) dO . O_t.
+    """
+    a, rest = rows.sparse_cap.exp2(), rows.tail_cap.exp2()
+    d_alpha = torch.where(rows.sparse_cap < 0, a * (rest * rows.sparse_product - tail_product), 0.0)
+    torch.sum(d_alpha.view(*d_logit.shape, -1), 3, out=d_logit)
+    if settings.mixing == "row":
+        torch.sum((d_alpha * rows.lse_difference).view(*d_gain.shape, -1), 3, out=d_gain)
