@@ -221,6 +221,6 @@ def block_statistics(
         launch(
             _over_blocks_kernel, (batch * key_heads, num_blocks(dim, 32)),
             k_mean, n, v_peak, center, k_bar if late_k_bar else None, v_scale, key_heads, T,
-            D=dim, CHANNELS=32, BLOCKS=512, LIMIT=FP8_MAX, num_warps=4,
+            D=dim, CHANNELS=32, BLOCKS=512, LIMIT=FP8_MAX, num_warps=4, maxnreg=MAX_REGISTERS,
         )  # fmt: skip
     return Statistics(q_mean, k_mean, k_bar, v_bar, n, center, q_scale, v_scale)
