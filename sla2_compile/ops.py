@@ -165,9 +165,10 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor, *_: Any) -> Any:
         q, k, v, attn_mask, alpha_logit, alpha_gain, *saved = ctx.saved_tensors
-        dq, dk, dv, d_logit, d_gain = _Backward.apply(
-            grad_out, q, k, v, attn_mask, alpha_logit, alpha_gain, *saved, *ctx.settings
-        )
+        # Who does not differentiate once more need not be refused it.
+        differentiates = torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+        call = _Backward.apply if differentiates else torch.ops.sla2.attention_backward
+        dq, dk, dv, d_logit, d_gain = call(grad_out, q, k, v, attn_mask, alpha_logit, alpha_gain, *saved, *ctx.settings)
         # Per batch element up to here, so that vmap can tell its elements apart.
         d_logit = None if alpha_logit is None else d_logit.sum(0).to(alpha_logit.dtype)
         d_gain = None if alpha_gain is None else d_gain.sum(0).to(alpha_gain.dtype)

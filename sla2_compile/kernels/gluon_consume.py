@@ -20,7 +20,6 @@ from sla2_compile.kernels.gluon_stream import (
     begin,
     finish,
     group_barrier,
-    issue_first,
     issue_last,
     left_operand,
     out_layout,
@@ -87,7 +86,7 @@ def _of_values(acc, scale, layout: gl.constexpr, FP8: gl.constexpr):
 def _numbers(
     head, m, exists, M, T, slots, words, kept_ptr, bits_ptr, q_scale_ptr, RAGGED: gl.constexpr
 ):  # fmt: skip
-    """Of a query block: its count of key blocks, the word of its bits for the last one, and the scale of its codes."""
+    """Of a query block: how many key blocks it keeps, the word of its bits that has the last one, its codes' scale."""
     block = head.to(gl.int64) * M + m
     count = gl.load(kept_ptr + block * (1 + slots), mask=exists, other=1)
     last_word, q_scale = 0, 1.0
@@ -193,9 +192,8 @@ def consume(
         first_slot = slot
         # -1, and a number of the same kind as those of slots.
         no_slot = gl.minimum(slot, -1)
-        products = warpgroup_mma_wait(0, deps=[issue_first(kept_q, k_smem, full, slot, phase, True)])
         weights, peak, held, total, slot, phase = begin(
-            acc, peak, products, kept_q, k_smem, v_smem, scale_smem, full, slot, phase, num_waits, kept_factor,
+            acc, peak, kept_q, k_smem, v_smem, scale_smem, full, slot, phase, num_waits, kept_factor,
             kept_bias, None, T, (last_word >> ((T - 1) & 31)) & 1 == 1, last_size, 0.0, False, RAGGED,
         )  # fmt: skip
         if part == 0:
@@ -205,6 +203,7 @@ def consume(
             # The last block's rows have left for memory by now, from where its queries were.
             tma.store_wait(0)
             mbarrier.arrive(q_empty.index(buffer ^ 1), count=1)
+        # Else the compiler lets the group's warps wait for each other in every step, for what they have read above.
         group_barrier()
         acc, weights, peak, held, total, used_slot, last_slot, slot, phase = stream(
             acc, weights, peak, held, total, kept_q, k_smem, v_smem, scale_smem, full, empty, no_slot, first_slot, slot,
@@ -297,9 +296,8 @@ def consume(
                     # Not -inf, since all means of a tile can be those of kept blocks.
                     peak = gl.full([64], LOWEST_PEAK, gl.float32, layout=row_layout)
                 first_slot = slot
-                products = warpgroup_mma_wait(0, deps=[issue_first(kept_q, k_smem, full, slot, phase, True)])
                 mean_weights, mean_peak, mean_held, mean_total, slot, phase = begin(
-                    tail_acc, peak, products, kept_q, k_smem, v_bar_smem, scale_smem, full, slot, phase, num_means,
+                    tail_acc, peak, kept_q, k_smem, v_bar_smem, scale_smem, full, slot, phase, num_means,
                     kept_factor, MEAN_BIAS, bits_ptr + block * words, T, num_means == 1, last_size, last_bias, True,
                     RAGGED,
                 )  # fmt: skip

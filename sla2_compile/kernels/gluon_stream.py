@@ -205,15 +205,8 @@ def _as_scores(products, SHIFTED: gl.constexpr):
 
 
 @gluon.jit
-def issue_first(q, k_smem, full, slot, phase, pred):
-    """The first tile's scores, in flight, once its keys are there; without `pred` some others at once."""
-    mbarrier.wait(full.index(slot), phase, pred=pred)
-    return _issue_scores(q, k_smem.index(slot))
-
-
-@gluon.jit
 def begin(
-    acc, peak, products, q, k_smem, v_smem, scale_smem, full, slot, phase, num_waits, factor, bias, words_ptr, T,
+    acc, peak, q, k_smem, v_smem, scale_smem, full, slot, phase, num_waits, factor, bias, words_ptr, T,
     is_short, last_size, last_bias, MEANS: gl.constexpr, RAGGED: gl.constexpr,
 ):  # fmt: skip
     """The first tile's weights, with nothing in flight; see `stream` for the arguments.
@@ -221,7 +214,6 @@ def begin(
     Args:
         acc: (64, D) float32 sums so far, zeros or those of tiles before.
         peak: (64,) float32 about the largest score so far, in base 2; -inf before the first tile.
-        products: (64, 64) of queries and the tile's keys.
         is_short: whether this is the last, short key block, or holds its mean.
         last_size: its keys.
     Returns:
@@ -231,6 +223,8 @@ def begin(
     STAGES: gl.constexpr = k_smem.shape[0]
     FP8: gl.constexpr = v_smem.dtype == gl.float8e4nv
     SHIFTED: gl.constexpr = is_shifted(q.dtype, FP8, MEANS and RAGGED)
+    mbarrier.wait(full.index(slot), phase)
+    products = warpgroup_mma_wait(0, deps=[_issue_scores(q, k_smem.index(slot))])
     peak = gl.convert_layout(peak, gl.SliceLayout(1, q.type.layout.parent))
     low, high = 0, 0
     if MEANS:
