@@ -38,14 +38,14 @@ class _Device:
 class _Launches:
     """Takes the place of Triton: what it is asked to choose a kernel for, and what chosen ones are launched with."""
 
-    def __init__(self, compiled: Any) -> None:
+    def __init__(self) -> None:
         self.chosen: list[tuple[Any, ...]] = []
         self.launched: list[tuple[Any, ...]] = []
-        self._compiled = compiled
+        self.compiled: Any = self
 
     def run(self, *args: Any, grid: Any, warmup: bool, **constants: Any) -> Any:
         self.chosen.append((grid, args, constants))
-        return self._compiled
+        return self.compiled
 
     def __getitem__(self, grid: Any) -> Any:
         return lambda *args, stream: self.launched.append((grid, args, stream))
@@ -53,8 +53,7 @@ class _Launches:
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> _Launches:
-    recorder = _Launches(None)
-    recorder._compiled = recorder
+    recorder = _Launches()
     monkeypatch.setattr(driver, "_active", _Device())
     monkeypatch.setattr(JITFunction, "run", lambda self, *args, **kwargs: recorder.run(*args, **kwargs))
     monkeypatch.setattr(launch_module, "_launched", {})
@@ -90,10 +89,11 @@ def test_a_second_launch_reuses_the_kernel_with_its_own_tensors(launches: _Launc
     ids=str,
 )
 def test_what_a_kernel_is_compiled_for_makes_another_launch(launches: _Launches, change: dict[str, Any]) -> None:
-    values: dict[str, Any] = {"x": torch.zeros(64), "length": 64, "factor": 0.5, "BLOCK": 32, "FLAG": True}
+    defaults = {"x": torch.zeros(64), "length": 64, "factor": 0.5, "BLOCK": 32, "FLAG": True, "num_warps": 4}
     for changed in ({}, change, {}, change):
-        x, length, factor, *_ = (now := values | {"num_warps": 4} | changed).values()
-        launch(_copy_kernel, (1,), x, x, length, factor, **{k: now[k] for k in ("BLOCK", "FLAG", "num_warps")})
+        values: dict[str, Any] = defaults | changed
+        x, length, factor = (values.pop(name) for name in ("x", "length", "factor"))
+        launch(_copy_kernel, (1,), x, x, length, factor, **values)
     assert len(launches.chosen) == 2
     assert len(launches.launched) == 2
 
@@ -108,7 +108,7 @@ def test_the_value_of_a_float_and_the_grid_are_no_part_of_it(launches: _Launches
 
 
 def test_who_only_records_launches_sees_every_one(launches: _Launches) -> None:
-    launches._compiled = None
+    launches.compiled = None
     x = torch.zeros(64)
     for _ in range(2):
         launch(_copy_kernel, (1,), x, x, 64, 0.5, BLOCK=32, FLAG=True)

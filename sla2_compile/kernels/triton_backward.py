@@ -109,8 +109,7 @@ def backward(
             dk_bar, dv_bar = found or tail_gradient(*of_tail, order, settings, config_of_tail)
         of_queries = (dq, grad_out, q, k, v, kept, index.bits, means, rows, real, order, settings)
         if not gluon_backward_queries.query_gradient(*of_queries):
-            anew = has_tail and finds_mixing_anew(q, settings)
-            tail_product = torch.empty_like(rows.tail_lse) if anew else None
+            tail_product = torch.empty_like(rows.tail_lse) if has_tail and finds_mixing_anew(q, settings) else None
             query_gradient(*of_queries, queries_config(*hardware), tail_product)
             if tail_product is not None:
                 mixing_gradients(d_logit, d_gain, rows, tail_product, settings)
