@@ -22,7 +22,8 @@ from sla2_compile.kernels.attention_stage import AttentionInputs, Outputs
 from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.gluon_consume import consume
 from sla2_compile.kernels.gluon_fetch import fetch
-from sla2_compile.kernels.gluon_gather import MIN_STAGES, gather
+from sla2_compile.kernels.gluon_gather import gather
+from sla2_compile.kernels.gluon_stream import MIN_STAGES
 from sla2_compile.kernels.gluon_tiles import BLOCK_K, matrix_tiles, suits_hopper, token_tiles
 from sla2_compile.kernels.hardware import num_multiprocessors, shared_memory
 from sla2_compile.kernels.launch import launch
@@ -155,7 +156,7 @@ def attend(outputs: Outputs, inputs: AttentionInputs, settings: Settings) -> boo
     ]
     pooled = inputs.has_tail and settings.tail == "pooled"
     num_stages = _num_stages(dim, inputs, pooled=pooled)
-    if None in tiles or (inputs.order is not None and num_stages < MIN_STAGES):
+    if None in tiles or num_stages < MIN_STAGES:
         return False
     if pooled:
         # Codes of means lie behind the keys'.

@@ -16,9 +16,6 @@ from sla2_compile.kernels.gluon_fetch import fetch_pair, fetch_state, query_bloc
 from sla2_compile.kernels.gluon_stream import next_slot
 from sla2_compile.kernels.gluon_tiles import row_layout, visited_tokens
 
-# Of a ring: two tiles are held by whoever waits for the next one, and one more is on its way.
-MIN_STAGES = 4
-
 
 @gluon.jit
 def _copy_rows(ptr, pitch, row, column, token, smem):

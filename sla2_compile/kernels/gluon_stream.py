@@ -17,6 +17,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from sla2_compile.quant import formats
 
+# Of a ring: a step uses two slots and gives back one of the step before; one more is on its way.
+MIN_STAGES = 4
 # Of the warps of a group; Triton 3.6 calls it otherwise.
 group_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 ROWS = gl.constexpr(64)
@@ -313,8 +315,6 @@ def stream(
     o_layout: gl.constexpr = acc.type.layout
     p_layout: gl.constexpr = left_operand(o_layout, v_smem.dtype.primitive_bitwidth // 8)
     sum_layout: gl.constexpr = gl.SliceLayout(1, total.type.layout)
-    # Whether the ring is deep enough to give a slot back a step after it was used.
-    LATE: gl.constexpr = STAGES > 3
     low, high = 0, 0
     for i in range(first, num_tiles):
         # What is read from memory here is used after the scores.
@@ -327,11 +327,10 @@ def stream(
             acc = _shrink(acc, held)
         probs = _to_operand(weights, v_smem.dtype, p_layout)
         acc_token = _issue_values(probs, v_smem.index(last_slot), acc, PROMOTE)
-        if LATE:
-            # Here and not when it is done with: the compiler lets a group's warps wait for each other before and after
-            # what it takes for an access to all shared memory, and here they wait for the scores in any case.
-            give_back(empty, used_slot)
-            group_barrier()
+        # Here and not when it is done with: the compiler lets a group's warps wait for each other before and after
+        # what it takes for an access to all shared memory, and here they wait for the scores in any case.
+        give_back(empty, used_slot)
+        group_barrier()
         scores = _as_scores(warpgroup_mma_wait(1, deps=[token]), SHIFTED)
         if MEANS:
             scores = _mask_means(scores, low, high)
@@ -347,13 +346,10 @@ def stream(
         if i + 1 < num_waits:
             mbarrier.wait(full.index(after), after_phase)
         product = warpgroup_mma_wait(0, deps=[acc_token])
-        if not LATE:
-            give_back(empty, last_slot)
         acc = acc * held[:, None] + product if PROMOTE else product
         held = gl.convert_layout(rescale, gl.SliceLayout(1, o_layout))
         total = total * gl.convert_layout(rescale, sum_layout)[:, None] + added
-        if LATE:
-            used_slot = last_slot
+        used_slot = last_slot
         last_slot, slot, phase = slot, after, after_phase
     return acc, weights, peak, held, total, used_slot, last_slot, slot, phase
 
