@@ -202,14 +202,16 @@ def _series(rows: list[Row], section: str) -> dict[str, list[Row]]:
 
 def _replayed(row: Row) -> float:
     """Milliseconds as a CUDA graph where there is one: called from Python, short sequences show the host alone."""
-    return float(row.get("replay_ms", row["ms"]))
+    return float(row["replay_ms"] if "replay_ms" in row else row["ms"])
 
 
 def _plot_over_n(axes: Any, rows: list[Row]) -> None:
     for name, points in _series(rows, "sweep of N").items():
         style = "-" if name.startswith("SLA2") else "--"
-        axes.plot([row["shape"][2] for row in points], [_replayed(row) for row in points], style, marker="o", label=name)
-    axes.set(xscale="log", yscale="log", xlabel="N", ylabel="ms", title="forward as a CUDA graph, over N")
+        axes.plot(
+            [row["shape"][2] for row in points], [_replayed(row) for row in points], style, marker="o", label=name
+        )
+    axes.set(xscale="log", yscale="log", xlabel="N", ylabel="ms", title="forward, as a graph, over N")
     _legend(axes)
 
 
@@ -219,7 +221,7 @@ def _plot_over_sparsity(axes: Any, rows: list[Row]) -> None:
             axes.plot([row["sparsity"] for row in points], [_replayed(row) for row in points], marker="o", label=name)
         else:
             axes.axhline(_replayed(points[0]), linestyle="--", color="gray", label=name)
-    axes.set(yscale="log", xlabel="sparsity", ylabel="ms", title=f"forward as a CUDA graph, {cases.SMALL}, over sparsity")
+    axes.set(yscale="log", xlabel="sparsity", ylabel="ms", title=f"forward, as a graph, {cases.SMALL}, over sparsity")
     _legend(axes)
 
 
