@@ -42,18 +42,23 @@ def forward(
     if settings.scale <= 0:
         # The online softmax takes its maximum before it scales. Nobody's attention has such a scale.
         return blocked.forward(q, k, v, attn_mask, proj_q, proj_k, alpha_logit, alpha_gain, save_sparse_out, settings)
-    out = empty_output(q)
-    sparse_out = empty_output(q) if save_sparse_out else q.new_empty(0)
     sparse_lse, tail_lse, kept = empty_saved(q, k, settings)
     if q.numel() == 0 or k.shape[2] == 0:
+        out, sparse_out = _empty_outputs(q, save_sparse_out)
         return out.zero_(), sparse_out.zero_(), sparse_lse.zero_(), tail_lse.zero_(), kept.zero_()
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
         inputs = prepare(q, k, v, attn_mask, proj_q, proj_k, alpha_logit, alpha_gain, kept, settings, route)
+        # Now that the key blocks' states are gone, which are as large as both.
+        out, sparse_out = _empty_outputs(q, save_sparse_out)
         outputs = Outputs(out, sparse_out if save_sparse_out else None, sparse_lse, tail_lse)
         if not gluon_attention.attend(outputs, inputs, settings):
             config = attention_config(padded_dim(q.shape[3]), q.element_size(), q.device, low_bit=settings.is_low_bit)
             attention(outputs, inputs, settings, config)
     return out, sparse_out, sparse_lse, tail_lse, kept
+
+
+def _empty_outputs(q: Tensor, save_sparse_out: bool) -> tuple[Tensor, Tensor]:
+    return empty_output(q), empty_output(q) if save_sparse_out else q.new_empty(0)
 
 
 def prepare(
