@@ -52,12 +52,12 @@ def forward(
         raise NotImplementedError("qk_format, pv_format: expected None in a CUDA package, got a low-bit format")
     if settings.scale <= 0:
         raise NotImplementedError(f"scale: expected a positive number in a CUDA package, got {settings.scale}")
-    out = empty_output(q)
     sparse_lse, tail_lse, kept = empty_saved(q, k, settings)
     route = traceable(triton_router.route) if ROUTER_IS_TRACEABLE else _route
     inputs = traceable(cuda_forward.prepare)(
         q, k, v, attn_mask, proj_q, proj_k, alpha_logit, alpha_gain, kept, settings, route, copy_engine=False
     )
+    out = empty_output(q)
     config = attention_config(padded_dim(q.shape[3]), q.element_size(), q.device, low_bit=False)
     traceable(triton_mixture.attention)(
         Outputs(out, None, sparse_lse, tail_lse), inputs, settings, dataclasses.replace(config, copy_engine=False)
