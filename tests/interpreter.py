@@ -32,9 +32,17 @@ def prepare() -> None:
     _let_loops_end_where_a_tensor_says()
     _round_to_fp8_as_hardware_does()
     _multiply_bfloat16_as_numbers()
+    _leave_arguments_in_place()
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.set_num_threads(1)
+
+
+def _leave_arguments_in_place() -> None:
+    """They are on the CPU already, and copying a storage back onto itself takes memory for all that it could hold."""
+    from triton.runtime.interpreter import GridExecutor
+
+    GridExecutor._restore_args_dev = lambda *_: None
 
 
 def _let_loops_end_where_a_tensor_says() -> None:

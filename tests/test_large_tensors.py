@@ -1,4 +1,4 @@
-"""Past 2^31 elements, where 32-bit offsets wrap, the last heads are what they are alone."""
+"""Past 2^31 elements, where 32-bit offsets wrap: strides on the CPU, and on a GPU tensors of that size."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from interpreter import interpret
 from test_gluon_on_gpu import FP8, LIMIT, LINEAR, needs_hopper, without_gluon
+from test_triton_forward import needs_triton
 from tolerances import relative_error
 from torch import Tensor
 
@@ -28,6 +30,19 @@ CASES = [
     *((name, training) for name in ("pooled", "linear", "tiles") for training in (False, True)),
     ("fp8", False), ("fp8 keys, linear", False),
 ]  # fmt: skip
+
+FAR_APART = [
+    "triton: pooled row", "triton: linear block", "triton: tiles, masked, linear", "triton: qk int8, pv fp8, pooled",
+    "hopper: linear, head dim 128", "hopper: pooled, qk fp8, pv fp8", "hopper: tiles, learned, batch",
+    "hopper backward: pooled row, learned, head dim 128", "hopper backward: linear block, ragged, head dim 128",
+]  # fmt: skip
+
+
+@needs_triton
+@pytest.mark.timeout(300)
+def test_tokens_and_heads_may_be_2_31_elements_apart() -> None:
+    for name, differing in interpret("interpret_large.py", FAR_APART, "float16").items():
+        assert not any(differing.values()), (name, differing)
 
 
 def run(tensors: Sequence[Tensor], options: dict[str, Any], *, training: bool) -> list[Tensor]:
