@@ -126,10 +126,14 @@ def _consume(
             # Loops that run once or not at all: a branch becomes instructions that every tile executes.
             if TAIL:
                 for _ in range((i == count).to(gl.int32)):
-                    lse, offset = gl.load(tail_lse_ptr + row) - MEAN_BIAS, gl.load(tail_offset_ptr + row)
+                    here = row
+                    if cap_ptr is not None and VALUES:
+                        # `row` too, but no address that the compiler would hold from before the loop and then spill.
+                        here = row + (i - count)
+                    lse, offset = gl.load(tail_lse_ptr + here) - MEAN_BIAS, gl.load(tail_offset_ptr + here)
                     cap = gl.full([64], float("inf"), gl.float32, layout=row_layout)
                     if cap_ptr is not None and VALUES:
-                        cap = gl.load(tail_cap_ptr + row)
+                        cap = gl.load(tail_cap_ptr + here)
                 for _ in range(((i >= count) | (i == short)).to(gl.int32)):
                     scores = mask(scores, first, low, high, T, last_size, last_bias, RAGGED)
                     if not VALUES:
