@@ -42,7 +42,7 @@ def tail_config(dim: int, itemsize: int, shared_memory: int, *, gathers: bool) -
     large = shared_memory >= 200 * 1024
     if itemsize == 4:
         return TailConfig(32, 16, 8, 1) if dim <= 128 else TailConfig(16, 16, 8, 1)
-    if dim <= 64 or (dim == 128 and large and not gathers):
+    if (dim <= 64 and (large or not gathers)) or (dim == 128 and large and not gathers):
         return TailConfig(64, 64, 4, 2)
     if dim <= 128:
         return TailConfig(64, 32, 4, 3) if large else TailConfig(64, 32, 8, 2)
