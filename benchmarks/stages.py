@@ -16,14 +16,14 @@ DENSE = ("dense attention", ("flash", "cudnn", "sdpa", "fmha"))
 # A kernel's label is "<files that define it> <its name>"; the first rule with a word in the label decides.
 FORWARD: Rules = (
     DENSE,
-    ("linear tail", ("linear", "nvjet", "cutlass", "gemm", "xmma")),
+    ("linear tail", ("linear", "states", "tail_sums", "nvjet", "cutlass", "gemm", "xmma")),
     ("quantisation", ("low_bit", "quant")),
     ("block means", ("statistics",)),
     ("router", ("rout", "bits", "topk", "sort", "order")),
     ("sparse + tail", ("attention", "mixture")),
 )
 BACKWARD: Rules = (
-    ("linear tail", ("linear", "nvjet", "cutlass", "gemm", "xmma")),
+    ("linear tail", ("linear", "states", "tail_sums", "nvjet", "cutlass", "gemm", "xmma")),
     ("index", ("inverse_index", "statistics", "rows")),
     ("tail", ("tail",)),
     ("dq", ("queries",)),

@@ -60,6 +60,7 @@ DIVIDE_REGISTERS = (
     "gluon_backward_keys.keys_kernel",
     "gluon_backward_queries.queries_kernel",
     "gluon_backward_tail.tail_kernel",
+    "gluon_tail_sums.tail_sums_kernel",
 )
 
 

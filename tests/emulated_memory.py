@@ -318,7 +318,8 @@ def warpgroup_mma(
         source.check_read(asynchronous=True)
         source.mark_read(IN_FLIGHT)
     left, right = (x.planes[0] if isinstance(x, SharedMemory) else x.data for x in (a, b))
-    assert left.dtype == right.dtype, f"{left.dtype} times {right.dtype}"
+    both_fp8 = left.dtype.itemsize == right.dtype.itemsize == 1 and left.dtype.is_floating_point
+    assert left.dtype == right.dtype or both_fp8, f"{left.dtype} times {right.dtype}"
     before = acc.result if isinstance(acc, Product) else acc.data
     # int8 products of at most 256 terms are exact in float32 too.
     result = (left.float() @ right.float()).to(before.dtype)

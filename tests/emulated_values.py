@@ -284,32 +284,76 @@ def sum_over(x: Value, axis: int | None = None, **_: Any) -> Value:
     return Value(total, _slice(x, axis))
 
 
-def reduce(x: Value, axis: int, combine: Callable[[Value, Value], Value], **_: Any) -> Value:
-    parts = [Value(part) for part in x.data.unbind(axis)]
+def reduce(x: Any, axis: int, combine: Callable[..., Any], **_: Any) -> Any:
+    """Of one value, or of several that are combined together."""
+    values = x if isinstance(x, tuple) else (x,)
+    parts = [tuple(Value(part) for part in row) for row in zip(*(v.data.unbind(axis) for v in values), strict=True)]
     while len(parts) > 1:
         half = len(parts) // 2
-        parts = [combine(a, b) for a, b in zip(parts[:half], parts[half:], strict=True)]
-    return Value(parts[0].data, _slice(x, axis))
+        pairs = [combine(*a, *b) for a, b in zip(parts[:half], parts[half:], strict=True)]
+        parts = [pair if isinstance(pair, tuple) else (pair,) for pair in pairs]
+    found = tuple(Value(part.data, _slice(v, axis)) for part, v in zip(parts[0], values, strict=True))
+    return found if isinstance(x, tuple) else found[0]
+
+
+def _words_of(parts: Sequence[Tensor]) -> Tensor:
+    """Two or four numbers as words of 32 bits, the first as the lowest bits."""
+    return torch.stack([part.contiguous() for part in parts], -1).view(torch.int32)[..., 0]
+
+
+def _to_e4m3(x: Tensor) -> Tensor:
+    return x.clamp(-448, 448).to(torch.float8_e4m3fn)
+
+
+def _last_byte(x: Tensor) -> Tensor:
+    return x.contiguous().view(torch.int32).bitwise_and(255).to(torch.uint8).view(torch.int8)
+
+
+def _halves_of_words(pairs: Tensor) -> tuple[Tensor, Tensor]:
+    codes = pairs.contiguous().view(torch.float8_e4m3fn).unflatten(-1, (-1, 2))
+    return codes[..., 0], codes[..., 1]
+
+
+def _round_state(a: Tensor, b: Tensor, c: Tensor, d: Tensor, rest: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
+    """`gluon_states._round_state`: in float16, of which e5m2 is the upper byte."""
+    x = torch.stack([a, b, c, d], -1).half()
+    upper = rest.contiguous()[..., None].view(torch.uint8).int() << 8
+    before = upper.to(torch.uint16).view(torch.float16)
+    # Both numbers of 11 bits: their product is exact in float32, and so is the sum but for float32's own last bits.
+    x = (before.float() * ratio.half().float() + x.float()).half()
+    codes = _to_e4m3(x.float())
+    left = (x - codes.half()).view(torch.int16).int() >> 8 & 255
+    return _words_of(codes.unbind(-1)), _words_of(left.to(torch.uint8).unbind(-1))
 
 
 # How the assembly that kernels embed is told apart, and what it makes of one element. More may be added by a test.
-ASSEMBLY: dict[str, Callable[..., Tensor]] = {
-    "cvt.rn.satfinite.e4m3x2.f32": lambda x: x.clamp(-448, 448).to(torch.float8_e4m3fn),
+ASSEMBLY: dict[str, Callable[..., Any]] = {
+    "sub.f16x2": _round_state,
+    "// words of codes": lambda *parts: _words_of([_to_e4m3(x) for x in parts]),
+    "// words of integers": lambda *parts: _words_of([_last_byte(x) for x in parts]),
+    "cvt.rn.satfinite.e4m3x2.f32": _to_e4m3,
+    "cvt.rn.bf16x2.f32 $0, $1, $2; // one word": lambda high, low: _words_of(
+        [x.to(torch.bfloat16) for x in (low, high)]
+    ),
+    "cvt.rn.f16x2.f32 $0, $1, $2; // one word": lambda high, low: _words_of([x.to(torch.float16) for x in (low, high)]),
     "cvt.rn.bf16x2.f32": lambda x: x.to(torch.bfloat16),
     "cvt.rn.f16x2.f32": lambda x: x.to(torch.float16),
+    "prmt.b32 $0, $2, $3, 0x6420": _halves_of_words,
     # Warps for whose rows all factors are 1 leave it out.
     "vote.sync.any.pred any, apart": torch.mul,
     # The last byte of a float32.
-    "prmt.b32 low, $1, $2, 0x0040": lambda x: x.view(torch.int32).bitwise_and(255).to(torch.uint8).view(torch.int8),
+    "prmt.b32 low, $1, $2, 0x0040": _last_byte,
 }
 
 
-def inline_asm_elementwise(assembly: str, constraints: str, arguments: Sequence[Value], dtype: Any, **_: Any) -> Value:
+def inline_asm_elementwise(assembly: str, constraints: str, arguments: Sequence[Any], dtype: Any, **_: Any) -> Any:
     known = [function for text, function in ASSEMBLY.items() if text in assembly]
     assert known, f"unknown to emulated_values.ASSEMBLY: {assembly}"
-    result = known[0](*(x.data for x in arguments))
-    assert result.dtype == DTYPES[dtype]
-    return Value(result, arguments[0].layout)
+    found = known[0](*(lift(x).data for x in arguments))
+    results = found if isinstance(found, tuple) else (found,)
+    assert [x.dtype for x in results] == [DTYPES[x] for x in (dtype if isinstance(dtype, tuple) else (dtype,))]
+    values = tuple(Value(x, arguments[0].layout) for x in results)
+    return values if isinstance(found, tuple) else values[0]
 
 
 def _fma(x: Tensor, y: Tensor, z: Tensor) -> Tensor:

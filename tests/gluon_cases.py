@@ -52,6 +52,20 @@ CASES = {
     "linear": PAPERS,
     "linear, head dim 128": dataclasses.replace(PAPERS, dim=128, heads=3, **RAGGED),
     "linear, elu, batch": dataclasses.replace(PAPERS, feature_map="elu", batch=2, q_len=130, kv_len=200),
+    **{
+        f"linear, FP8 states, qk {qk_format}": dataclasses.replace(
+            PAPERS,
+            dim=128,
+            heads=2,
+            q_len=170,
+            kv_len=64 * 17 + 5,
+            sparsity=0.9,
+            qk_format=qk_format,
+            pv_format="fp8",
+            key_offset=2.0,
+        )
+        for qk_format in ("int8", "fp8")
+    },
     "dense": dataclasses.replace(POOLED, sparsity=0.0, **RAGGED),
     **{
         f"{tail}, qk {qk_format}, pv {pv_format}": dataclasses.replace(

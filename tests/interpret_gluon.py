@@ -1,6 +1,6 @@
 """Runs the forward of Hopper on the CPU: `python interpret_gluon.py '["case", ...]' dtype`.
 
-Its first stages run in Triton's interpreter, its attention kernel in the emulator, where races and deadlocks are
+What Triton compiles runs in its interpreter, what is Gluon's in the emulator, where races and deadlocks are
 errors. Needs TRITON_INTERPRET=1; `interpreter.interpret` sets it. Prints as JSON, for each case, the errors of the
 forward; see `forward_checks.py`.
 """
@@ -19,7 +19,7 @@ import torch
 from forward_checks import forward_errors
 from gluon_emulator import emulated
 
-from sla2_compile.kernels import gluon_attention, hardware
+from sla2_compile.kernels import gluon_attention, gluon_states, gluon_tail_sums, hardware
 from sla2_compile.kernels.hardware import Hardware
 
 # Small, so that every program has several query blocks and its rings go round.
@@ -32,7 +32,7 @@ def errors_of(case: cases.Case) -> dict[str, dict[str, float]]:
     p, errors = cases.problem(case), {}
     with mock.patch.object(hardware, "hardware_of", return_value=HOPPER[case.dim]):
         for order in ORDERS if case.q_len < 300 else ORDERS[:1]:
-            with emulated(gluon_attention, order=order) as kernels:
+            with emulated(gluon_attention, gluon_states, gluon_tail_sums, order=order) as kernels:
                 errors = forward_errors(case, p, repeat=False)
             assert kernels["_attention_kernel"].num_launches == 2, "the kernel was not eligible"
     return errors

@@ -22,6 +22,7 @@ from sla2_compile.kernels import (
     gluon_backward_keys,
     gluon_backward_queries,
     gluon_backward_tail,
+    gluon_states,
     hardware,
     triton_backward,
 )
@@ -38,6 +39,7 @@ def errors_of(case: cases.Case) -> dict[str, dict[str, float]]:
     for order in ORDERS if case.q_len < 1000 else ORDERS[:1]:
         with ExitStack() as stack:
             stack.enter_context(mock.patch.object(hardware, "hardware_of", return_value=HOPPER[case.dim]))
+            stack.enter_context(emulated(gluon_states, order=order))
             kernels = [stack.enter_context(emulated(module, order=order)) for module in MODULES]
             results.append(triton_backward.backward(*arguments, case.settings))
         launches = [x.num_launches for found in kernels for x in found.values()]

@@ -23,7 +23,14 @@ from interpret_gluon import HOPPER
 from interpret_gluon_backward import MODULES
 from torch import Tensor
 
-from sla2_compile.kernels import cuda_forward, gluon_attention, hardware, triton_backward
+from sla2_compile.kernels import (
+    cuda_forward,
+    gluon_attention,
+    gluon_states,
+    gluon_tail_sums,
+    hardware,
+    triton_backward,
+)
 
 TABLES = {
     "triton": {**cases.CASES, **cases.FORWARD_CASES},
@@ -53,7 +60,7 @@ def results(case: cases.Case, table: str, dim: int | None) -> list[Tensor]:
     with ExitStack() as stack:
         if table != "triton":
             stack.enter_context(mock.patch.object(hardware, "hardware_of", return_value=HOPPER[case.dim]))
-            kernels = stack.enter_context(emulated(gluon_attention, *MODULES))
+            kernels = stack.enter_context(emulated(gluon_attention, gluon_states, gluon_tail_sums, *MODULES))
         found = []
         if table != "hopper backward":
             found += cuda_forward.forward(*p.forward_arguments, True, case.settings)

@@ -146,7 +146,7 @@ def check_linear_states(stages: Stages, block_mask: Tensor) -> dict[str, float]:
     bits = torch.where(bits >= 1 << 31, bits - (1 << 32), bits).int()
     found = linear_states(
         p.k, p.v, bits, statistics.n, statistics.center, stages.real, stages.order, settings, shared_memory
-    )
+    ).states
     phi = reference.feature_map(stages.smooth_k, case.feature_map) * stages.all_real[..., None]
     phi, v = (reference.split_blocks(x, case.block_k) for x in (phi, stages.v))
     h, z = (x.repeat_interleave(case.heads // case.kv_heads, 1) for x in (phi.mT @ v, phi.sum(3)))

@@ -46,6 +46,17 @@ LOG_SUM_EXP = {torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float16: 1e-4}
 # Relative L2 error of the linear tail's states, sums of products of numbers rounded to the dtype, stored in it.
 LINEAR_STATES = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
+# The same of states in FP8. One is off by what e4m3 rounds, 0.027, and by as much of the last one, which is rounded
+# with it. Of their sums it is the error over what rounding would leave in them, and half of that for values that differ
+# much.
+LINEAR_STATES_FP8 = {
+    "h": 4.5e-2,
+    "z": LINEAR_STATES[torch.bfloat16],
+    "all, over what stretches' ends leave": 1.5,
+    "H, over what ends and kept blocks leave": 1.5,
+    "Z": LINEAR_STATES[torch.bfloat16],
+}
+
 # Relative L2 of low-bit gradients against those of the same op without formats. The backward itself is not low-bit, but
 # it starts from the forward's outputs and log-sum-exps and inherits part of their error. That of the learned weights is
 # made of differences between the branches' outputs, in which the error weighs more.

@@ -7,6 +7,7 @@ low-bit formats the codes of k and v.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -18,7 +19,7 @@ from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.hardware import shared_memory
 from sla2_compile.kernels.launch_arguments import padded_dim
 from sla2_compile.kernels.settings import Settings, empty_output, empty_saved
-from sla2_compile.kernels.triton_linear_state import linear_states
+from sla2_compile.kernels.triton_linear_state import linear_states, sums_in_fp8
 from sla2_compile.kernels.triton_low_bit import low_bit_codes
 from sla2_compile.kernels.triton_mixture import attention, attention_config
 from sla2_compile.kernels.triton_router import Choice, route
@@ -88,25 +89,32 @@ def prepare(
     order = visiting_order(settings, kv_len, q.device)
     real = None if attn_mask is None else attn_mask.expand(q.shape[0], 1, 1, kv_len)[:, 0, 0]
     real = real if real is None or real.stride(1) == 1 else real.contiguous()
-    has_tail, states = kept.shape[3] - 1 < num_blocks(kv_len, settings.block_k), None
-    pooled = has_tail and settings.tail == "pooled"
+    slots = kept.shape[3] - 1
+    has_tail = slots < num_blocks(kv_len, settings.block_k)
+    pooled, linear = (has_tail and settings.tail == tail for tail in ("pooled", "linear"))
+    in_fp8 = linear and copy_engine and sums_in_fp8(q, k, v, slots, real, order, settings)
     statistics = block_statistics(
         q, k, v, real, order, settings,
         # Where the tail's keys are codes, they are made of `k_mean`.
         needs_v_bar=pooled, smooth_k_bar=settings.is_low_bit and not (pooled and settings.qk_format is not None),
+        needs_v_scale=not in_fp8,
     )  # fmt: skip
     choice = route(
         statistics.q_mean, statistics.k_mean, statistics.n, proj_q, proj_k, kept, q.shape[2], kv_len, settings,
         masked=real is not None,
     )  # fmt: skip
-    if has_tail and settings.tail == "linear":
+    states = key_codes = None
+    if linear:
         assert statistics.center is not None
-        states = linear_states(
+        tail = linear_states(
             k, v, choice.bits, statistics.n, statistics.center, real, order, settings, shared_memory(q.device),
-            copy_engine=copy_engine,
+            in_fp8=in_fp8, copy_engine=copy_engine,
         )  # fmt: skip
+        states, key_codes = tail.states, tail.key_codes
+        if tail.v_scale is not None:
+            statistics = dataclasses.replace(statistics, v_scale=tail.v_scale)
     # Last, when the key blocks' states are gone: together they would take more than the inputs.
-    codes = low_bit_codes(k, v, statistics, real, order, settings, with_means=pooled)
+    codes = low_bit_codes(k, v, statistics, real, order, settings, with_means=pooled, of_keys=key_codes)
     return AttentionInputs(
         q, k, v, kept, choice.bits, choice.num_nonempty, statistics, codes, states, alpha_logit, alpha_gain, real,
         order,

@@ -11,9 +11,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from sla2_compile.kernels.gluon_codes import to_codes
+from sla2_compile.kernels.gluon_feature_map import LOG2_E, feature_map
 from sla2_compile.kernels.gluon_fetch import query_block
 from sla2_compile.kernels.gluon_stream import (
-    INTEGER_FLOAT,
     LOG2_TOP_CODE,
     MEAN_BIAS,
     TOP_CODE,
@@ -23,14 +24,12 @@ from sla2_compile.kernels.gluon_stream import (
     issue_last,
     left_operand,
     out_layout,
-    pack_fp8,
     row_totals,
     scores_layout,
     stream,
 )
 from sla2_compile.kernels.gluon_tiles import channels, visited_tokens, write_rows
 
-LOG2_E = gl.constexpr(1.4426950408889634)
 LN_2 = gl.constexpr(0.6931471805599453)
 # log2 of float32's smallest number above 0.
 LOG2_SMALLEST = gl.constexpr(-149.0)
@@ -38,40 +37,6 @@ LOG2_SMALLEST = gl.constexpr(-149.0)
 MIN_LINEAR_WEIGHT = gl.constexpr(1e-30)
 # Below every score of finite inputs.
 LOWEST_PEAK = gl.constexpr(-1e38)
-
-
-@gluon.jit
-def _feature_map(x, MAP: gl.constexpr):
-    """phi(x), but for the row sums (64,) that a softmax divides by; those."""
-    if MAP == "softmax":
-        x = gl.exp2((x - gl.max(x, 1)[:, None]) * LOG2_E)
-        return x, gl.sum(x, 1)
-    if MAP == "elu":
-        return gl.where(x > 0, x + 1, gl.exp2(gl.minimum(x, 0.0) * LOG2_E)), gl.max(x, 1) * 0.0 + 1.0
-    return gl.maximum(x, 0.0), gl.max(x, 1) * 0.0 + 1.0
-
-
-@gluon.jit
-def _to_codes(q, scale, dtype: gl.constexpr):
-    """Queries (64, D) as codes, rounded to nearest even like `triton_low_bit.to_codes`, packed four at a time."""
-    inverse = gl.minimum(1 / scale, 1e38)
-    x = q.to(gl.float32)
-    quotient = x * inverse
-    x = gl.fma(gl.fma(-quotient, scale, x), inverse, quotient)
-    if dtype == gl.float8e4nv:
-        return pack_fp8(x)
-    else:
-        # Around 1.5 * 2^23 float32's numbers are the integers, and its last byte is theirs.
-        x = gl.minimum(gl.maximum(x, -127.0), 127.0) + INTEGER_FLOAT
-        return gl.inline_asm_elementwise(
-            """{
-            .reg .b32 low, high;
-            prmt.b32 low, $1, $2, 0x0040;
-            prmt.b32 high, $3, $4, 0x0040;
-            prmt.b32 $0, low, high, 0x5410;
-            }""",
-            "=r,r,r,r,r", [x], dtype=gl.int8, is_pure=True, pack=4,
-        )  # fmt: skip
 
 
 @gluon.jit
@@ -180,7 +145,7 @@ def consume(
         q = q_block.load(q_layout)
         kept_q = q
         if q_scale_ptr is not None:
-            kept_q = _to_codes(q_block.load(codes_layout), q_scale, k_smem.dtype)
+            kept_q = to_codes(q_block.load(codes_layout), q_scale, k_smem.dtype)
             kept_factor = factor * q_scale
         num_means = 0
         if TAIL:
@@ -235,7 +200,7 @@ def consume(
             # While the last values are multiplied.
             rest = 1 / (1 + gl.exp2(logit * LOG2_E))
             rest = gl.where(count == T, 0.0, rest)
-            features, size = _feature_map(q.to(gl.float32), MAP)
+            features, size = feature_map(q.to(gl.float32), MAP)
             mass = gl.sum(features * gl.convert_layout(z, channel_layout)[None, :], 1)
             features = features * gl.where(mass > size * MIN_LINEAR_WEIGHT, rest / mass, 0.0)[:, None]
             if dtype == gl.float16:

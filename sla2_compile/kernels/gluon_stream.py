@@ -15,6 +15,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
+from sla2_compile.kernels.gluon_codes import INTEGER_FLOAT, in_stored_order, pack_fp8
 from sla2_compile.quant import formats
 
 # Of a ring: a step uses two slots and gives back one of the step before; one more is on its way.
@@ -29,8 +30,7 @@ MEAN_BIAS = gl.constexpr(6.0)
 MAX_LOG2_WEIGHT = gl.constexpr(8.0)
 TOP_CODE = gl.constexpr(formats.TOP_CODE)
 LOG2_TOP_CODE = gl.constexpr(math.log2(formats.TOP_CODE))
-# 1.5 * 2^23, around which float32's numbers are the integers; added as bits it makes one of an integer below 2^22.
-INTEGER_FLOAT = gl.constexpr(12582912.0)
+# INTEGER_FLOAT's; added as bits they make a float32 of an integer below 2^22.
 INTEGER_BITS = gl.constexpr(0x4B400000)
 # Two tiny scales must not make 0 of what a masked score, -inf, is multiplied by.
 SMALLEST_FACTOR = gl.constexpr(1e-35)
@@ -160,28 +160,13 @@ def _softmax(scores, peak, factor, bias, FP8: gl.constexpr, SHIFTED: gl.constexp
 
 
 @gluon.jit
-def pack_fp8(x):
-    """float32 to FP8 e4m3, four at a time: the compiler packs pairs byte by byte."""
-    return gl.inline_asm_elementwise(
-        """{
-        .reg .b16 low, high;
-        cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
-        cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
-        mov.b32 $0, {low, high};
-        }""",
-        "=r,r,r,r,r", [x], dtype=gl.float8e4nv, is_pure=True, pack=4,
-    )  # fmt: skip
-
-
-@gluon.jit
 def _to_operand(weights, dtype: gl.constexpr, layout: gl.constexpr):
     """Probabilities as the left operand of the product with the values; moves nothing between threads.
 
     8-bit ones come in the order in which `triton_low_bit.stored_key` has the values.
     """
     if dtype == gl.float8e4nv:
-        weights = gl.permute(gl.reshape(weights, [ROWS, KEYS // 16, 2, 4, 2]), (0, 1, 3, 2, 4))
-        return pack_fp8(gl.convert_layout(gl.reshape(weights, [ROWS, KEYS]), layout))
+        return pack_fp8(gl.convert_layout(in_stored_order(weights), layout))
     else:
         return gl.convert_layout(weights.to(dtype), layout)
 

@@ -22,7 +22,7 @@ BLOCK_Q, BLOCK_K = 128, 64
 HALF_REGISTERS = 128
 ELEMENTS = {
     torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32, torch.int8: gl.int8,
-    torch.float8_e4m3fn: gl.float8e4nv,
+    torch.float8_e4m3fn: gl.float8e4nv, torch.float8_e5m2: gl.float8e5, torch.int16: gl.int16, torch.int32: gl.int32,
 }  # fmt: skip
 
 
@@ -119,10 +119,10 @@ def _has_gaps(x: Tensor) -> bool:
     return batch > 1 and batch_rows != length
 
 
-def matrix_tiles(x: Tensor, rows: int) -> TensorDescriptor:
-    """A descriptor for tiles of `rows` whole rows of contiguous `x` (..., columns)."""
-    columns = x.shape[-1]
-    return descriptor_like(_tiles(x.dtype, x.numel() // columns, columns, rows, columns), x)
+def matrix_tiles(x: Tensor, rows: int, columns: int | None = None) -> TensorDescriptor:
+    """A descriptor for tiles of `rows` rows of contiguous `x` (..., pitch), whole ones or so many columns of them."""
+    pitch = x.shape[-1]
+    return descriptor_like(_tiles(x.dtype, x.numel() // pitch, pitch, rows, columns or pitch), x)
 
 
 def statistics_tiles(rows: Rows) -> TensorDescriptor:

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sla2_compile.kernels import gluon_states
 from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.launch import launch
 from sla2_compile.kernels.launch_arguments import max_registers, padded_dim, token_strides
@@ -26,7 +27,6 @@ from sla2_compile.kernels.triton_backward_loads import (
     store_tile,
     token_of,
 )
-from sla2_compile.kernels.triton_linear_stream import stream_states
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,8 @@ def key_block_states(
     states = k.new_empty(batch * heads, padded_key_blocks(T), dim + 1, dim)
     if states.shape[1] > T:
         states[:, T:] = 0
-    if copy_engine and stream_states(states, k, v, k_mean, real, order, factor, settings):
+    if copy_engine and gluon_states.streams(k, v, real, order, settings):
+        gluon_states.stream_states(states, k, v, k_mean, factor, settings)
         return states
     constants, (unit, strides) = linear_constants(k, config, settings), token_strides(k, v)
     launch(

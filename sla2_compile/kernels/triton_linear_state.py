@@ -1,21 +1,26 @@
 """States of the linear tail for each query block: H_i and Z_i over the key blocks that it does not keep.
 
 Both are one batched matmul of the 0/1 tail mask with all h_j and z_j: exact where the tail is empty, and it costs less
-than reading h_j again for each kept block (0.05 TFLOP for shape (1, 12, 32760, 128)).
+than reading h_j again for each kept block (0.05 TFLOP for shape (1, 12, 32760, 128)). On Hopper states may
+be FP8 (`gluon_tail_sums.py`).
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from sla2_compile.kernels import gluon_states, gluon_tail_sums
+from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.launch import launch
 from sla2_compile.kernels.settings import Settings
 from sla2_compile.kernels.triton_backward_linear_keys import key_block_states, padded_key_blocks, states_config
+from sla2_compile.kernels.triton_low_bit import KeyCodes
 
 
 @triton.jit
@@ -58,6 +63,31 @@ def tail_states(mask: Tensor, states: Tensor) -> Tensor:
     return torch.bmm(mask, states.flatten(2)).unflatten(2, states.shape[2:])
 
 
+@dataclass(frozen=True)
+class LinearTail:
+    states: Tensor  # (B H, M, D + 1, D) in k's dtype: H of every query block, and Z as its last row
+    key_codes: KeyCodes | None = None  # made on the way
+    v_scale: Tensor | None = None  # (B, G, D) float32 what a code of v stands for, likewise
+
+
+def sums_in_fp8(
+    q: Tensor, k: Tensor, v: Tensor, slots: int, real: Tensor | None, order: Tensor | None, settings: Settings
+) -> bool:
+    """Whether `linear_states` does so: on Hopper, where something else is FP8 and keys are low-bit.
+
+    slots: key blocks that a query block keeps.
+    """
+    # Where all else has 16 bits or INT8's seven, FP8's four would be what is seen of the error.
+    if settings.qk_format is None or "fp8" not in (settings.qk_format, settings.pv_format):
+        return False
+    if settings.feature_map != "softmax":
+        return False
+    T = num_blocks(k.shape[2], settings.block_k)
+    rows = q.shape[1] // k.shape[1] * num_blocks(q.shape[2], settings.block_q)
+    fits = gluon_tail_sums.can_sum(slots, T, padded_key_blocks(T), rows, k.device)
+    return fits and gluon_states.streams(k, v, real, order, settings)
+
+
 def linear_states(
     k: Tensor,
     v: Tensor,
@@ -69,8 +99,9 @@ def linear_states(
     settings: Settings,
     shared_memory: int,
     *,
+    in_fp8: bool = False,
     copy_engine: bool = True,
-) -> Tensor:
+) -> LinearTail:
     """H and Z of every query block, times a common factor that brings sums over all tokens to the size of v.
 
     Args:
@@ -82,14 +113,16 @@ def linear_states(
         order: (N_kv,) int32 or None.
         settings: the op's.
         shared_memory: bytes of it that a program may use.
+        in_fp8: what `sums_in_fp8` says; codes of keys, and with low-bit values their scales, come along then.
         copy_engine: whether tensor descriptors may be used.
-
-    Returns:
-        (B H, M, D + 1, D) in k's dtype: H, and Z as its last row.
     """
     (key_heads, kv_len, dim), (batch, heads, blocks, _) = k.shape[1:], bits.shape
     factor = 2.0 ** -max(0, round(math.log2(kv_len / dim)))
+    if in_fp8:
+        padded, scales_values = padded_key_blocks(n.shape[1]), settings.pv_format is not None
+        found = gluon_states.fp8_states(k, v, center, padded, factor, settings, scales_values=scales_values)
+        return LinearTail(gluon_tail_sums.tail_states(found, bits), found.key_codes, found.v_scale)
     config = states_config(dim, k.element_size(), shared_memory)
     states = key_block_states(k, v, center, real, order, factor, settings, config, copy_engine=copy_engine)
     mask = tail_mask(bits, n, 1.0, key_heads, k.dtype)
-    return tail_states(mask, states).view(batch * heads, blocks, dim + 1, dim)
+    return LinearTail(tail_states(mask, states).view(batch * heads, blocks, dim + 1, dim))

@@ -34,6 +34,12 @@ CODE_TYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
 @dataclass(frozen=True)
+class KeyCodes:
+    codes: Tensor  # (B, G, T, block_k, D) of the smoothed keys, 0 where a key is not real
+    scale: Tensor  # (B, G, T) float32
+
+
+@dataclass(frozen=True)
 class Codes:
     """A field is None where its format is not low-bit."""
 
@@ -205,16 +211,18 @@ def low_bit_codes(
     settings: Settings,
     *,
     with_means: bool,
+    of_keys: KeyCodes | None = None,
 ) -> Codes:
     """Codes of k and v (B, G, N_kv, D), last stride 1, in the settings' formats; without one nothing is launched.
 
     with_means: of their blocks' means too, of values only where they are rounded. They are rounded once, from float32.
+    of_keys: codes that there are already, without means.
     """
     (batch, heads, _, dim), T = k.shape, statistics.n.shape[1]
     with_means = with_means and settings.qk_format is not None
     num_stored = T + (num_blocks(T, settings.block_k) if with_means else 0)
     k_codes = k_scale = v_codes = None
-    if settings.qk_format is not None:
+    if settings.qk_format is not None and of_keys is None:
         k_codes = k.new_empty(batch, heads, num_stored, settings.block_k, dim, dtype=CODE_TYPES[settings.qk_format])
         k_scale = k.new_empty(batch, heads, num_stored, dtype=torch.float32)
     if settings.pv_format is not None:
@@ -233,6 +241,8 @@ def low_bit_codes(
             VALUE_ROWS=min(settings.block_k, max(16, 4096 // block_d)), FP8_KEYS=fp8_keys,
             LIMIT=FP8_MAX if fp8_keys else INT8_MAX, UNIT=unit, num_warps=4, maxnreg=MAX_REGISTERS,
         )  # fmt: skip
+    if of_keys is not None:
+        k_codes, k_scale = of_keys.codes, of_keys.scale
     return Codes(
         statistics.q_scale, k_codes, k_scale, v_codes, statistics.v_scale, num_stored, means_values
     )  # fmt: skip

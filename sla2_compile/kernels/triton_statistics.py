@@ -171,6 +171,7 @@ def block_statistics(
     *,
     needs_v_bar: bool,
     smooth_k_bar: bool,
+    needs_v_scale: bool = True,
 ) -> Statistics:
     """Statistics of blocks in visiting order.
 
@@ -182,11 +183,13 @@ def block_statistics(
         settings: the op's.
         needs_v_bar: whether the means of v are wanted; they come along where its scales are.
         smooth_k_bar: whether `k_bar` is to be of the smoothed keys, where keys are smoothed at all.
+        needs_v_scale: whether the scales of v are wanted, with a low-bit pv_format.
     """
     (batch, key_heads, kv_len, dim), T = k.shape, num_blocks(k.shape[2], settings.block_k)
     heads, q_len = (0, 0) if q is None else q.shape[1:3]
     M, smooths = num_blocks(q_len, settings.block_q), settings.smooths_keys
     scales_q, scales_v = (q is not None and x is not None for x in (settings.qk_format, settings.pv_format))
+    scales_v = scales_v and needs_v_scale
     new, reads_v = k.new_empty, needs_v_bar or scales_v
     float32 = torch.float32
     q_mean, k_mean = new(batch, heads, M, dim, dtype=float32), new(batch, key_heads, T, dim, dtype=float32)
