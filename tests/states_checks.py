@@ -67,10 +67,11 @@ def place_of(channels: int) -> Tensor:
 def check_states(case: Case) -> dict[str, float]:
     """States in 16 bits."""
     p, settings = Problem(case), case.settings(qk_format=None, pv_format=None)
-    assert gluon_states.streams(p.k, p.v, None, None, settings)
+    tiles = gluon_states.tiles_of(p.k, p.v, None, None, settings)
+    assert tiles is not None
     shape = (case.batch * case.heads, padded_key_blocks(case.T), DIM + 1, DIM)
     states = torch.full(shape, float("nan"), dtype=case.dtype, device=case.device)
-    gluon_states.stream_states(states, p.k, p.v, p.center, FACTOR, settings)
+    gluon_states.stream_states(states, tiles, p.k, p.v, p.center, FACTOR, settings)
     assert states[:, case.T :].isnan().all(), "past the last block"
     found = states[:, : case.T].unflatten(0, (case.batch, case.heads)).double()
     return {
@@ -82,9 +83,10 @@ def check_states(case: Case) -> dict[str, float]:
 def check_fp8_states(case: Case) -> dict[str, float]:
     """States in FP8, what comes with them, and their sums."""
     p, settings, padded = Problem(case), case.settings(), padded_key_blocks(case.T)
-    assert gluon_states.streams(p.k, p.v, None, None, settings)
+    tiles = gluon_states.tiles_of(p.k, p.v, None, None, settings)
+    assert tiles is not None
     scales_values = case.pv_format is not None
-    found = gluon_states.fp8_states(p.k, p.v, p.center, padded, FACTOR, settings, scales_values=scales_values)
+    found = gluon_states.fp8_states(tiles, p.k, p.v, p.center, padded, FACTOR, settings, scales_values=scales_values)
     codes = found.codes[..., place_of(DIM).to(case.device)].double()
     assert (codes[:, case.T :] == 0).all()
     states = codes[:, : case.T] * found.unit.double()[..., None, None]

@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("triton")
 import triton
 import triton.language as tl
+from triton.knobs import runtime
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -35,20 +36,37 @@ class _Device:
         return 7
 
 
+class _Compiled:
+    """A compiled kernel: what it is launched with."""
+
+    function, packed_metadata = "function", "metadata"
+
+    def __init__(self) -> None:
+        self.launched: list[tuple[Any, ...]] = []
+        self.seen_by_hooks: list[tuple[Any, ...]] = []
+
+    def run(self, x: int, y: int, z: int, stream: int, function: Any, metadata: Any, *args: Any) -> None:
+        assert (function, metadata, *args[:3]) == ("function", "metadata", None, None, None)
+        self.launched.append(((x, y, z), args[3:], stream))
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *args, stream: self.seen_by_hooks.append((grid, args, stream))
+
+
 class _Launches:
-    """Takes the place of Triton: what it is asked to choose a kernel for, and what chosen ones are launched with."""
+    """Takes the place of Triton: what it is asked to choose a kernel for, and the chosen one's launches."""
 
     def __init__(self) -> None:
         self.chosen: list[tuple[Any, ...]] = []
-        self.launched: list[tuple[Any, ...]] = []
-        self.compiled: Any = self
+        self.compiled: Any = _Compiled()
+
+    @property
+    def launched(self) -> list[tuple[Any, ...]]:
+        return self.compiled.launched
 
     def run(self, *args: Any, grid: Any, warmup: bool, **constants: Any) -> Any:
         self.chosen.append((grid, args, constants))
         return self.compiled
-
-    def __getitem__(self, grid: Any) -> Any:
-        return lambda *args, stream: self.launched.append((grid, args, stream))
 
 
 @pytest.fixture
@@ -105,6 +123,17 @@ def test_the_value_of_a_float_and_the_grid_are_no_part_of_it(launches: _Launches
     assert len(launches.chosen) == 1
     assert launches.launched[0][0] == (2, 3, 1)
     assert launches.launched[0][1][3] == 0.25
+
+
+def test_a_profiler_s_hooks_see_every_launch(launches: _Launches, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.zeros(64)
+    for hook in ("launch_enter_hook", "launch_exit_hook"):
+        with monkeypatch.context() as patch:
+            patch.setattr(getattr(runtime, hook), "calls", [lambda metadata: None])
+            for _ in range(2):
+                launch(_copy_kernel, (3,), x, x, 64, 0.5, BLOCK=32, FLAG=True)
+    assert not launches.launched
+    assert [(grid, stream) for grid, _, stream in launches.compiled.seen_by_hooks] == [((3, 1, 1), 7)] * 3
 
 
 def test_who_only_records_launches_sees_every_one(launches: _Launches) -> None:

@@ -19,7 +19,7 @@ from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.hardware import shared_memory
 from sla2_compile.kernels.launch_arguments import padded_dim
 from sla2_compile.kernels.settings import Settings, empty_output, empty_saved
-from sla2_compile.kernels.triton_linear_state import linear_states, sums_in_fp8
+from sla2_compile.kernels.triton_linear_state import fp8_tiles, linear_states
 from sla2_compile.kernels.triton_low_bit import low_bit_codes
 from sla2_compile.kernels.triton_mixture import attention, attention_config
 from sla2_compile.kernels.triton_router import Choice, route
@@ -92,12 +92,12 @@ def prepare(
     slots = kept.shape[3] - 1
     has_tail = slots < num_blocks(kv_len, settings.block_k)
     pooled, linear = (has_tail and settings.tail == tail for tail in ("pooled", "linear"))
-    in_fp8 = linear and copy_engine and sums_in_fp8(q, k, v, slots, real, order, settings)
+    in_fp8 = fp8_tiles(q, k, v, slots, real, order, settings) if linear and copy_engine else None
     statistics = block_statistics(
         q, k, v, real, order, settings,
         # Where the tail's keys are codes, they are made of `k_mean`.
         needs_v_bar=pooled, smooth_k_bar=settings.is_low_bit and not (pooled and settings.qk_format is not None),
-        needs_v_scale=not in_fp8,
+        needs_v_scale=in_fp8 is None,
     )  # fmt: skip
     choice = route(
         statistics.q_mean, statistics.k_mean, statistics.n, proj_q, proj_k, kept, q.shape[2], kv_len, settings,

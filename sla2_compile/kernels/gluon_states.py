@@ -28,6 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.gluon_codes import halves, in_stored_order, quarters, to_code_words
@@ -280,30 +281,53 @@ def _states_kernel(
     tma.store_wait(0)
 
 
-def streams(k: Tensor, v: Tensor, real: Tensor | None, order: Tensor | None, settings: Settings) -> bool:
-    """Whether this kernel can make the states of k and v (B, G, N_kv, D)."""
+def tiles_of(
+    k: Tensor, v: Tensor, real: Tensor | None, order: Tensor | None, settings: Settings
+) -> tuple[TensorDescriptor, TensorDescriptor] | None:
+    """Descriptors of k and v (B, G, N_kv, D) for this kernel; None where it cannot make their states."""
     kv_len, dim = k.shape[2:]
     if capability(k.device)[0] != 9 or (dim, settings.block_k, k.element_size()) != (DIM, BLOCK_K, 2):
-        return False
-    if real is not None or order is not None or kv_len < BLOCK_K or token_tiles(k) is None or token_tiles(v) is None:
-        return False
+        return None
+    if real is not None or order is not None or kv_len < BLOCK_K:
+        return None
     # Past the last key come zeros at the end of the matrix, but what others store there elsewhere: 0 times their NaN.
-    return not (kv_len % BLOCK_K and any(rows for x in (k, v) for rows in matrix_steps(x)[:2]))
+    if kv_len % BLOCK_K and any(rows for x in (k, v) for rows in matrix_steps(x)[:2]):
+        return None
+    k_tiles, v_tiles = token_tiles(k), token_tiles(v)
+    return None if k_tiles is None or v_tiles is None else (k_tiles, v_tiles)
 
 
-def stream_states(states: Tensor, k: Tensor, v: Tensor, center: Tensor, factor: float, settings: Settings) -> None:
-    """Write `states` (B G, padded T, D + 1, D), as `key_block_states` says, where `streams` says so."""
+def stream_states(
+    states: Tensor,
+    tiles: tuple[TensorDescriptor, TensorDescriptor],
+    k: Tensor,
+    v: Tensor,
+    center: Tensor,
+    factor: float,
+    settings: Settings,
+) -> None:
+    """Write `states` (B G, padded T, D + 1, D), as `key_block_states` says; `tiles` are those of k and v."""
     # One descriptor serves the whole tensor: rows of z are among the others.
-    tiles = matrix_tiles(states, DIM // 2, DIM // 2)
-    _launch(tiles, None, (None, states, None, None), k, v, center, states.shape[1], 0.0, factor, settings)
+    state_tiles = matrix_tiles(states, DIM // 2, DIM // 2)
+    outputs = (None, states, None, None)
+    _launch(*tiles, state_tiles, None, outputs, k, v, center, states.shape[1], 0.0, factor, settings)
 
 
 def fp8_states(
-    k: Tensor, v: Tensor, center: Tensor, padded: int, factor: float, settings: Settings, *, scales_values: bool
+    tiles: tuple[TensorDescriptor, TensorDescriptor],
+    k: Tensor,
+    v: Tensor,
+    center: Tensor,
+    padded: int,
+    factor: float,
+    settings: Settings,
+    *,
+    scales_values: bool,
 ) -> FP8States:
-    """States in FP8 and the keys' codes, where `streams` says so and keys have low-bit codes.
+    """States in FP8 and the keys' codes, where keys have low-bit codes.
 
     Args:
+        tiles: of k and v.
         k, v: (B, G, N_kv, D), last stride 1.
         center: (B, G, D) float32 what smoothing subtracts.
         padded: key blocks of the codes, those past the last one 0.
@@ -326,9 +350,9 @@ def fp8_states(
     if scales_values:
         v_peaks = k.new_empty(programs + batch * heads, 4, dim, dtype=torch.float32)
     _launch(
-        matrix_tiles(codes.view(torch.int32), BLOCK_K), matrix_tiles(key_codes.codes.view(torch.int32), BLOCK_K),
-        (unit, z, key_codes.scale, v_peaks), k, v, center, padded,
-        FP8_MAX if settings.qk_format == "fp8" else INT8_MAX, factor, settings,
+        *tiles, matrix_tiles(codes.view(torch.int32), BLOCK_K),
+        matrix_tiles(key_codes.codes.view(torch.int32), BLOCK_K), (unit, z, key_codes.scale, v_peaks),
+        k, v, center, padded, FP8_MAX if settings.qk_format == "fp8" else INT8_MAX, factor, settings,
     )  # fmt: skip
     if v_peaks is not None:
         v_scale = k.new_empty(batch, heads, dim, dtype=torch.float32)
@@ -344,8 +368,10 @@ def _num_programs(num_states: int, device: torch.device) -> int:
 
 
 def _launch(
-    state_tiles: object,
-    code_tiles: object,
+    k_tiles: TensorDescriptor,
+    v_tiles: TensorDescriptor,
+    state_tiles: TensorDescriptor,
+    code_tiles: TensorDescriptor | None,
     outputs: tuple[Tensor | None, ...],
     k: Tensor,
     v: Tensor,
@@ -359,7 +385,7 @@ def _launch(
     num_states = batch * heads * T
     launch(
         _states_kernel, (_num_programs(num_states, k.device),),
-        token_tiles(k), token_tiles(v), state_tiles, code_tiles, center, *outputs,
+        k_tiles, v_tiles, state_tiles, code_tiles, center, *outputs,
         *matrix_steps(k), *matrix_steps(v), heads, kv_len, T, padded, num_states, factor, limit,
         MAP=settings.feature_map, FP8_KEYS=settings.qk_format == "fp8", num_warps=4,
         maxnreg=max_registers(4 * PROGRAMS) // 8 * 8,

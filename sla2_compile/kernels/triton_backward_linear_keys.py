@@ -186,8 +186,8 @@ def key_block_states(
     states = k.new_empty(batch * heads, padded_key_blocks(T), dim + 1, dim)
     if states.shape[1] > T:
         states[:, T:] = 0
-    if copy_engine and gluon_states.streams(k, v, real, order, settings):
-        gluon_states.stream_states(states, k, v, k_mean, factor, settings)
+    if copy_engine and (tiles := gluon_states.tiles_of(k, v, real, order, settings)):
+        gluon_states.stream_states(states, tiles, k, v, k_mean, factor, settings)
         return states
     constants, (unit, strides) = linear_constants(k, config, settings), token_strides(k, v)
     launch(

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sla2_compile.kernels import gluon_states, gluon_tail_sums
 from sla2_compile.kernels.blocks import num_blocks
@@ -70,22 +71,22 @@ class LinearTail:
     v_scale: Tensor | None = None  # (B, G, D) float32 what a code of v stands for, likewise
 
 
-def sums_in_fp8(
+def fp8_tiles(
     q: Tensor, k: Tensor, v: Tensor, slots: int, real: Tensor | None, order: Tensor | None, settings: Settings
-) -> bool:
-    """Whether `linear_states` does so: on Hopper, where something else is FP8 and keys are low-bit.
+) -> tuple[TensorDescriptor, TensorDescriptor] | None:
+    """Descriptors of k and v where `linear_states` uses FP8: on Hopper, where something else does and keys are low-bit.
 
     slots: key blocks that a query block keeps.
     """
     # Where all else has 16 bits or INT8's seven, FP8's four would be what is seen of the error.
     if settings.qk_format is None or "fp8" not in (settings.qk_format, settings.pv_format):
-        return False
+        return None
     if settings.feature_map != "softmax":
-        return False
+        return None
     T = num_blocks(k.shape[2], settings.block_k)
     rows = q.shape[1] // k.shape[1] * num_blocks(q.shape[2], settings.block_q)
     fits = gluon_tail_sums.can_sum(slots, T, padded_key_blocks(T), rows, k.device)
-    return fits and gluon_states.streams(k, v, real, order, settings)
+    return gluon_states.tiles_of(k, v, real, order, settings) if fits else None
 
 
 def linear_states(
@@ -99,7 +100,7 @@ def linear_states(
     settings: Settings,
     shared_memory: int,
     *,
-    in_fp8: bool = False,
+    in_fp8: tuple[TensorDescriptor, TensorDescriptor] | None = None,
     copy_engine: bool = True,
 ) -> LinearTail:
     """H and Z of every query block, times a common factor that brings sums over all tokens to the size of v.
@@ -113,14 +114,14 @@ def linear_states(
         order: (N_kv,) int32 or None.
         settings: the op's.
         shared_memory: bytes of it that a program may use.
-        in_fp8: what `sums_in_fp8` says; codes of keys, and with low-bit values their scales, come along then.
+        in_fp8: what `fp8_tiles` says; codes of keys, and with low-bit values their scales, come along then.
         copy_engine: whether tensor descriptors may be used.
     """
     (key_heads, kv_len, dim), (batch, heads, blocks, _) = k.shape[1:], bits.shape
     factor = 2.0 ** -max(0, round(math.log2(kv_len / dim)))
-    if in_fp8:
+    if in_fp8 is not None:
         padded, scales_values = padded_key_blocks(n.shape[1]), settings.pv_format is not None
-        found = gluon_states.fp8_states(k, v, center, padded, factor, settings, scales_values=scales_values)
+        found = gluon_states.fp8_states(in_fp8, k, v, center, padded, factor, settings, scales_values=scales_values)
         return LinearTail(gluon_tail_sums.tail_states(found, bits), found.key_codes, found.v_scale)
     config = states_config(dim, k.element_size(), shared_memory)
     states = key_block_states(k, v, center, real, order, factor, settings, config, copy_engine=copy_engine)
