@@ -35,7 +35,8 @@ class SLA2Config:
         feature_map: phi of the linear tail, applied over the head dimension.
         qk_format: number format of Q K^T in the sparse branch and a pooled tail; None is the inputs' own.
         pv_format: number format of P V in the sparse branch, and in a pooled tail where both formats are "fp8"; None is
-            the inputs' own.
+            the inputs' own. Where qk_format is set and either is "fp8", the kernels for Hopper hold a linear tail's
+            states in FP8 as well, at head dim 128: sums over tails are then off by about 1 %.
         fake_quant: round to the formats but compute in wider arithmetic, which any device can, instead of with the
             device's low-bit kernels. Gradients are the same.
         tail: what stands for the blocks that are not kept: softmax over their means ("pooled") or linear attention.
