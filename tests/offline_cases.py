@@ -109,6 +109,9 @@ def quick_cases() -> Iterator[Case]:
     yield Case(grid=True, gain=True, logit=True)
     for qk_format, pv_format in FORMATS:
         yield Case(qk_format=qk_format, pv_format=pv_format)
+    # States in FP8, with values' scales and without.
+    for qk_format, pv_format in (("fp8", "fp8"), ("fp8", None)):
+        yield Case(tail="linear", mixing="block", qk_format=qk_format, pv_format=pv_format)
 
 
 def all_cases() -> Iterator[Case]:
@@ -147,6 +150,8 @@ def all_cases() -> Iterator[Case]:
     yield Case(qk_format="int8", pv_format="fp8", gain=True, logit=True)
     for qk_format, pv_format in FORMATS:
         yield Case(tail="linear", mixing="block", qk_format=qk_format, pv_format=pv_format)
+    yield Case(dtype="fp16", tail="linear", mixing="block", qk_format="fp8", pv_format="fp8")
+    yield Case(length=75_600, tail="linear", mixing="block", qk_format="fp8", pv_format="fp8")
     yield Case(sparsity=0.0, training=True)
     for length in (1, 262_144):
         yield Case(length=length, training=True)
