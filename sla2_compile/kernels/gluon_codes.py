@@ -32,18 +32,14 @@ def _quotient(x, scale):
 
 
 @gluon.jit
-def _as_integer_float(x):
-    """Rounded to an integer of 8 bits, which is the last byte of such a number."""
-    return gl.minimum(gl.maximum(x, -127.0), 127.0) + INTEGER_FLOAT
-
-
-@gluon.jit
 def to_codes(x, scale, dtype: gl.constexpr):
     """Float32 tokens as codes, rounded to nearest even like `triton_low_bit.to_codes`, packed four at a time."""
     x = _quotient(x, scale)
     if dtype == gl.float8e4nv:
         return pack_fp8(x)
     else:
+        # The last byte of such a number is the integer's.
+        x = gl.minimum(gl.maximum(x, -127.0), 127.0) + INTEGER_FLOAT
         return gl.inline_asm_elementwise(
             """{
             .reg .b32 low, high;
@@ -51,7 +47,7 @@ def to_codes(x, scale, dtype: gl.constexpr):
             prmt.b32 high, $3, $4, 0x0040;
             prmt.b32 $0, low, high, 0x5410;
             }""",
-            "=r,r,r,r,r", [_as_integer_float(x)], dtype=gl.int8, is_pure=True, pack=4,
+            "=r,r,r,r,r", [x], dtype=gl.int8, is_pure=True, pack=4,
         )  # fmt: skip
 
 
@@ -69,7 +65,7 @@ def quarters(x):
 
 @gluon.jit
 def to_code_words(x, scale, FP8: gl.constexpr):
-    """As `to_codes`, four codes in a word of 32 bits: (R, C) to (R, C / 4)."""
+    """As `to_codes`, four codes in a word of 32 bits: (R, C) to (R, C / 4). No quotient rounds to more than a code."""
     x = _quotient(x, scale)
     if FP8:
         a, b, c, d = quarters(x)
@@ -83,7 +79,7 @@ def to_code_words(x, scale, FP8: gl.constexpr):
             "=r,f,f,f,f", [a, b, c, d], dtype=gl.int32, is_pure=True, pack=1,
         )  # fmt: skip
     else:
-        a, b, c, d = quarters(_as_integer_float(x))
+        a, b, c, d = quarters(x + INTEGER_FLOAT)
         return gl.inline_asm_elementwise(
             """{
             .reg .b32 low, high;

@@ -84,6 +84,13 @@ def _power_of_two_above(x):
     return gl.maximum(bits, 0x00800000).to(gl.float32, bitcast=True)
 
 
+@gluon.jit
+def _over_power_of_two(x, power):
+    """x / power of powers of two, or 0 where x is 0 or the quotient too small."""
+    bits = x.to(gl.int32, bitcast=True) - power.to(gl.int32, bitcast=True) + 0x3F800000
+    return gl.where(x > 0, gl.maximum(bits, 0), 0).to(gl.float32, bitcast=True)
+
+
 @triton.jit
 def _value_scales_kernel(
     v_peaks_ptr, v_scale_ptr, T, num_states, num_programs, D: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr,
@@ -92,24 +99,24 @@ def _value_scales_kernel(
     """Grid (B G, D / CHANNELS): scales of a head's values from the peaks that `_states_kernel` has found."""
     head = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    # Of the programs that have the head's first and last block, and four rows for each of a program's heads.
+    # Of the programs that have the head's first and last block, and two rows for each of a program's heads.
     first = head + ((head * T + 1) * num_programs - 1) // num_states
     last = head + ((head + 1) * T * num_programs - 1) // num_states
     peak = tl.zeros([CHANNELS], tl.float32)
-    for row in range(first * 4, (last + 1) * 4, ROWS):
+    for row in range(first * 2, (last + 1) * 2, ROWS):
         rows = row + tl.arange(0, ROWS)[:, None]
-        peaks = tl.load(v_peaks_ptr + rows * D + d, mask=rows < (last + 1) * 4, other=0.0)
+        peaks = tl.load(v_peaks_ptr + rows * D + d, mask=rows < (last + 1) * 2, other=0.0)
         peak = tl.maximum(peak, tl.max(peaks, 0))
     tl.store(v_scale_ptr + head * D + d, tl.where(peak > 0, tl.div_rn(peak, LIMIT), 1.0))
 
 
 @gluon.jit
 def _write_peaks(v_peaks_ptr, head, peaks):
-    """The largest values (4, D) of this program's blocks of a head; programs and heads only ever go up together."""
+    """The largest values (2, D) of this program's blocks of a head; programs and heads only ever go up together."""
     D: gl.constexpr = peaks.shape[1]
-    row = gl.arange(0, 4, layout=gl.SliceLayout(1, peaks.type.layout))
+    row = gl.arange(0, 2, layout=gl.SliceLayout(1, peaks.type.layout))
     channel = gl.arange(0, D, layout=gl.SliceLayout(0, peaks.type.layout))
-    first_row = (gl.program_id(0) + head).to(gl.int64) * 4
+    first_row = (gl.program_id(0) + head).to(gl.int64) * 2
     gl.store(v_peaks_ptr + (first_row + row)[:, None] * D + channel[None, :], peaks)
 
 
@@ -176,8 +183,8 @@ def _states_kernel(
     D: gl.constexpr = k_tiles.block_type.shape[1]
     # Four neighbouring channels a thread: four codes of a key, or of a state in stored order.
     layout: gl.constexpr = left_operand(out_layout(D, 1), 1)
-    # A row a warp: few channels a thread.
-    v_layout: gl.constexpr = gl.BlockedLayout([1, D // 32], [1, 32], [4, 1], [1, 0])
+    # A row for two warps: few channels a thread.
+    v_layout: gl.constexpr = gl.BlockedLayout([1, D // 64], [1, 32], [2, 2], [1, 0])
     state_layout: gl.constexpr = out_layout(D, 2)
     z_layout: gl.constexpr = out_layout(16, 2)
     k_smem = gl.allocate_shared_memory(dtype, [2] + k_tiles.block_type.shape, k_tiles.layout)
@@ -205,7 +212,7 @@ def _states_kernel(
     upper_rest = quarters(gl.zeros([D // 2, D], gl.int32, layout=layout))[0]
     lower_rest = upper_rest
     unit = 0.0
-    largest = gl.max(gl.reshape(gl.zeros([64, D], gl.float32, layout=v_layout), [16, 4, D]), 0)
+    largest = gl.max(gl.reshape(gl.zeros([64, D], gl.float32, layout=v_layout), [32, 2, D]), 0)
     for index in range(first, last):
         slot = (index - first) & 1
         head = index // T
@@ -221,18 +228,19 @@ def _states_kernel(
                     if index > first:
                         _write_peaks(v_peaks_ptr, head - 1, largest)
                     largest = largest * 0.0
-                # Of a channel, those of the 16 rows that a thread has.
-                values = gl.reshape(gl.abs(v_slot.load(v_layout)), [16, 4, D])
+                # Of a channel, those of the 32 rows that a thread has.
+                values = gl.reshape(gl.abs(v_slot.load(v_layout)), [32, 2, D])
                 largest = gl.maximum(largest, gl.max(values, 0).to(gl.float32))
         center = gl.load(center_ptr + head * D + channel)
         x = gl.where(is_real[:, None], k_slot.load(layout).to(gl.float32) - center[None, :], 0.0)
-        ratio, k_scale = 0.0, 1.0
+        ratio, inverse, k_scale = 0.0, 1.0, 1.0
         if FP8:
             k_peak, v_peak = gl.reduce((gl.max(gl.abs(x), 1), v_peaks), 0, _larger)
             # Another head's first block has nothing to make up for.
             before = gl.where(j == 0, 0.0, unit)
             unit = gl.maximum(_power_of_two_above(v_peak * (1 / LARGEST_VALUE)), before * SMALLER_UNIT)
-            ratio = before / unit
+            ratio = _over_power_of_two(before, unit)
+            inverse = _over_power_of_two(1.0 + 0.0 * unit, unit)
             k_scale = gl.where(k_peak > 0, gl.div_rn(k_peak, limit), 1.0)
             _send(code_tiles, index * 64, 0, out_smem, to_code_words(x, k_scale, FP8_KEYS))
         phi, size = feature_map(x, MAP)
@@ -254,7 +262,7 @@ def _states_kernel(
                 z = gl.max(warpgroup_mma_wait(1, deps=[z_token]), 1) * factor
             state = warpgroup_mma_wait(0, deps=[token])
             if FP8:
-                state = gl.convert_layout(in_stored_order(state * (1 / unit)), layout, assert_trivial=True)
+                state = gl.convert_layout(in_stored_order(state * inverse), layout, assert_trivial=True)
                 if half == 0:
                     codes, upper_rest = _round_state(state, upper_rest, ratio)
                 else:
@@ -348,7 +356,7 @@ def fp8_states(
     programs, num_states = _num_programs(batch * heads * T, k.device), batch * heads * T
     v_peaks = v_scale = None
     if scales_values:
-        v_peaks = k.new_empty(programs + batch * heads, 4, dim, dtype=torch.float32)
+        v_peaks = k.new_empty(programs + batch * heads, 2, dim, dtype=torch.float32)
     _launch(
         *tiles, matrix_tiles(codes.view(torch.int32), BLOCK_K),
         matrix_tiles(key_codes.codes.view(torch.int32), BLOCK_K), (unit, z, key_codes.scale, v_peaks),
