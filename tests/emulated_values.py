@@ -296,23 +296,6 @@ def reduce(x: Any, axis: int, combine: Callable[..., Any], **_: Any) -> Any:
     return found if isinstance(x, tuple) else found[0]
 
 
-def associative_scan(x: Value, axis: int, combine: Callable[[Value, Value], Value], **_: Any) -> Value:
-    parts = [Value(part) for part in x.data.unbind(axis)]
-    for i in range(1, len(parts)):
-        parts[i] = combine(parts[i - 1], parts[i])
-    return Value(torch.stack([part.data for part in parts], axis), x.layout)
-
-
-def _ballot(flags: Tensor) -> Tensor:
-    """Of a warp whose lanes are the last dimension."""
-    words = ((flags != 0).long() << torch.arange(32)).sum(-1, keepdim=True)
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32).expand(flags.shape)
-
-
-def _popcount(words: Tensor) -> Tensor:
-    return (words[..., None] >> torch.arange(32) & 1).sum(-1, dtype=torch.int32)
-
-
 def _words_of(parts: Sequence[Tensor]) -> Tensor:
     """Two or four numbers as words of 32 bits, the first as the lowest bits."""
     return torch.stack([part.contiguous() for part in parts], -1).view(torch.int32)[..., 0]
@@ -345,9 +328,6 @@ def _round_state(a: Tensor, b: Tensor, c: Tensor, d: Tensor, rest: Tensor, ratio
 
 # How the assembly that kernels embed is told apart, and what it makes of one element. More may be added by a test.
 ASSEMBLY: dict[str, Callable[..., Any]] = {
-    "vote.sync.ballot.b32": _ballot,
-    "%lanemask_lt": lambda words: _popcount(words & ((1 << torch.arange(32)) - 1).to(torch.int32)),
-    "popc.b32": _popcount,
     "sub.f16x2": _round_state,
     "// words of codes": lambda *parts: _words_of([_to_e4m3(x) for x in parts]),
     "// words of integers": lambda *parts: _words_of([_last_byte(x) for x in parts]),
@@ -383,7 +363,7 @@ def _fma(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
 
 _UNARY = ("abs", "ceil", "cos", "exp", "exp2", "floor", "log", "log2", "rsqrt", "sigmoid", "sin", "sqrt")
 FUNCTIONS: dict[str, Any] = {
-    "arange": arange, "associative_scan": associative_scan, "broadcast": broadcast, "convert_layout": convert_layout, "expand_dims": expand_dims,
+    "arange": arange, "broadcast": broadcast, "convert_layout": convert_layout, "expand_dims": expand_dims,
     "full": full, "inline_asm_elementwise": inline_asm_elementwise, "join": join, "load": load, "max": maximum_over,
     "min": minimum_over, "permute": permute, "reduce": reduce, "reshape": reshape, "split": split, "store": store,
     "sum": sum_over, "where": where, "zeros": zeros, "set_auto_layout": convert_layout,

@@ -13,7 +13,6 @@ import triton.language as tl
 from torch import Tensor
 
 from sla2_compile.kernels.blocks import num_blocks
-from sla2_compile.kernels.gluon_choose import choose_rows
 from sla2_compile.kernels.hardware import capability
 from sla2_compile.kernels.launch import launch
 from sla2_compile.kernels.launch_arguments import MAX_REGISTERS, next_power_of_two, padded_dim
@@ -237,14 +236,11 @@ def route(
     bits = kept.new_empty(batch, heads, rows, words)
     num_nonempty = kept.new_empty(batch) if masked else None
     keys, queries = settings.exact_keys(kv_len), settings.exact_queries(q_len, kv_len)
-    limits = (keys.num_first, keys.last_start, queries.num_first, queries.last_start)
-    if choose_rows(scores, n, kept, bits, num_nonempty, limits):
-        return Choice(bits, num_nonempty)
     block_t, slots = max(64, next_power_of_two(total)), kept.shape[3] - 1
     launch(
         _choose_kernel, (batch * heads * rows,),
-        scores, n, kept, bits, num_nonempty, heads, rows, total, slots, words, *limits,
-        BLOCK_T=block_t, SLOTS=next_power_of_two(slots),
+        scores, n, kept, bits, num_nonempty, heads, rows, total, slots, words, keys.num_first, keys.last_start,
+        queries.num_first, queries.last_start, BLOCK_T=block_t, SLOTS=next_power_of_two(slots),
         # Sums over a warp are one instruction, over several a wait for each other.
         num_warps=min(8, max(1, block_t // 512)), maxnreg=CHOOSE_REGISTERS,
     )  # fmt: skip
