@@ -23,7 +23,7 @@ FORWARD: Rules = (
     ("sparse + tail", ("attention", "mixture")),
 )
 BACKWARD: Rules = (
-    ("linear tail", ("linear", "states", "tail_sums", "nvjet", "cutlass", "gemm", "xmma")),
+    ("linear tail", ("linear", "states", "nvjet", "cutlass", "gemm", "xmma")),
     ("index", ("inverse_index", "statistics", "rows")),
     ("tail", ("tail",)),
     ("dq", ("queries",)),

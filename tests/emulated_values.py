@@ -309,6 +309,11 @@ def _last_byte(x: Tensor) -> Tensor:
     return x.contiguous().view(torch.int32).bitwise_and(255).to(torch.uint8).view(torch.int8)
 
 
+def _packed(convert: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    """Codes of one tensor, of which the assembly takes four elements at a time, or words of four tensors' codes."""
+    return lambda *parts: convert(parts[0]) if len(parts) == 1 else _words_of([convert(x) for x in parts])
+
+
 def _halves_of_words(pairs: Tensor) -> tuple[Tensor, Tensor]:
     codes = pairs.contiguous().view(torch.float8_e4m3fn).unflatten(-1, (-1, 2))
     return codes[..., 0], codes[..., 1]
@@ -329,9 +334,7 @@ def _round_state(a: Tensor, b: Tensor, c: Tensor, d: Tensor, rest: Tensor, ratio
 # How the assembly that kernels embed is told apart, and what it makes of one element. More may be added by a test.
 ASSEMBLY: dict[str, Callable[..., Any]] = {
     "sub.f16x2": _round_state,
-    "// words of codes": lambda *parts: _words_of([_to_e4m3(x) for x in parts]),
-    "// words of integers": lambda *parts: _words_of([_last_byte(x) for x in parts]),
-    "cvt.rn.satfinite.e4m3x2.f32": _to_e4m3,
+    "cvt.rn.satfinite.e4m3x2.f32": _packed(_to_e4m3),
     "cvt.rn.bf16x2.f32 $0, $1, $2; // one word": lambda high, low: _words_of(
         [x.to(torch.bfloat16) for x in (low, high)]
     ),
@@ -342,7 +345,7 @@ ASSEMBLY: dict[str, Callable[..., Any]] = {
     # Warps for whose rows all factors are 1 leave it out.
     "vote.sync.any.pred any, apart": torch.mul,
     # The last byte of a float32.
-    "prmt.b32 low, $1, $2, 0x0040": _last_byte,
+    "prmt.b32 low, $1, $2, 0x0040": _packed(_last_byte),
 }
 
 

@@ -14,17 +14,15 @@ from unittest import mock
 import interpreter
 import torch
 from gluon_emulator import emulated
-from states_cases import SMALL, Case
+from interpret_gluon import HOPPER
+from states_cases import DIM, SMALL, Case
 from states_checks import check_fp8_states, check_states
 
 from sla2_compile.kernels import gluon_states, gluon_tail_sums, hardware
-from sla2_compile.kernels.hardware import Hardware
-
-HOPPER = Hardware((9, 0), 227 * 1024, 2)
 
 
 def errors_of(case: Case) -> dict[str, float]:
-    hopper = mock.patch.object(hardware, "hardware_of", return_value=HOPPER)
+    hopper = mock.patch.object(hardware, "hardware_of", return_value=HOPPER[DIM])
     with hopper, emulated(gluon_states, gluon_tail_sums):
         errors = {f"16 bit: {name}": error for name, error in check_states(case).items()}
         if case.feature_map == "softmax":

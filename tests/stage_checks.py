@@ -46,6 +46,20 @@ class Stages:
         self.smooth_k = reference.smooth_keys(self.k, self.all_real) if self.settings.smooths_keys else self.k
 
 
+def stored_order(length: int, device: torch.device) -> Tensor:
+    """What is at each place of `triton_low_bit.stored_key`'s order."""
+    place = torch.arange(length, device=device)
+    return place // 16 * 16 + place % 16 // 4 * 2 + place % 2 + place % 4 // 2 * 8
+
+
+def words_of_mask(mask: Tensor) -> Tensor:
+    """Kept key blocks (..., T) bool as the router's words (..., W) int32; blocks that there are not count as kept."""
+    words = 2 * -(-mask.shape[-1] // 64)
+    padded = torch.nn.functional.pad(mask, (0, 32 * words - mask.shape[-1]), value=True).unflatten(-1, (words, 32))
+    bits = (padded.long() << torch.arange(32, device=mask.device)).sum(-1)
+    return torch.where(bits >= 1 << 31, bits - (1 << 32), bits).int()
+
+
 def check_order(case: Case) -> None:
     """The closed form of the visiting order is the sorted one's."""
     assert case.token_grid is not None
@@ -99,10 +113,8 @@ def check_codes(stages: Stages) -> dict[str, float]:
             difference[largest] = 0
         errors["means of k"] = (difference.norm() / expected.norm()).item()
     if codes.v is not None and codes.v_scale is not None:
-        place = torch.arange(case.block_k, device=codes.v.device)
-        key = place // 16 * 16 + place % 16 // 4 * 2 + place % 2 + place % 4 // 2 * 8
         stored = torch.empty_like(codes.v, dtype=torch.float64)
-        stored[..., key] = codes.v.double() * codes.v_scale[:, :, None, :, None]
+        stored[..., stored_order(case.block_k, codes.v.device)] = codes.v.double() * codes.v_scale[:, :, None, :, None]
         values, means = stored.mT.split([num_keys, codes.num_stored - num_keys], 2)
         v = stages.v * stages.all_real[..., None]
         errors["v"] = relative_error(values, reference.split_blocks(quantize_dequantize(v, "fp8", (-2,)), case.block_k))
@@ -140,10 +152,7 @@ def check_linear_states(stages: Stages, block_mask: Tensor) -> dict[str, float]:
     case, p, settings, statistics = stages.case, stages.inputs, stages.settings, stages.statistics
     assert statistics.center is not None
     shared_memory = 227 * 1024
-    words = -(-block_mask.shape[3] // 32)
-    padded = torch.nn.functional.pad(block_mask, (0, 32 * words - block_mask.shape[3])).unflatten(-1, (words, 32))
-    bits = (padded.long() << torch.arange(32, device=padded.device)).sum(-1)
-    bits = torch.where(bits >= 1 << 31, bits - (1 << 32), bits).int()
+    bits = words_of_mask(block_mask)
     found = linear_states(
         p.k, p.v, bits, statistics.n, statistics.center, stages.real, stages.order, settings, shared_memory
     ).states

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+from stage_checks import stored_order, words_of_mask
 from states_cases import BLOCK_K, DIM, Case
 from tolerances import relative_error
 from torch import Tensor
 
-from sla2_compile.kernels import gluon_states, gluon_tail_sums
+from sla2_compile.kernels import gluon_states, gluon_tail_sums, reference
 from sla2_compile.kernels.hardware import num_multiprocessors
 from sla2_compile.kernels.triton_backward_linear_keys import padded_key_blocks
 from sla2_compile.kernels.triton_low_bit import low_bit_codes
@@ -35,20 +36,11 @@ class Problem:
         self.k, self.v = (x.to(case.dtype).transpose(1, 2) for x in (k, v))
         shape = (case.batch, case.heads * case.group, case.q_blocks, case.T)
         self.kept = torch.rand(shape, generator=generator, device=case.device) >= case.sparsity
-        words = 2 * -(-case.T // 64)
-        # Blocks that there are not count as kept.
-        padded = torch.nn.functional.pad(self.kept, (0, 32 * words - case.T), value=True).unflatten(-1, (words, 32))
-        bits = (padded.long() << torch.arange(32, device=case.device)).sum(-1)
-        self.bits = torch.where(bits >= 1 << 31, bits - (1 << 32), bits).int()
+        self.bits = words_of_mask(self.kept)
         self.center = self.k.double().mean(2).float()
         x = self.k.double() - self.center.double()[:, :, None]
-        if case.feature_map == "softmax":
-            phi = x.softmax(-1)
-        else:
-            phi = torch.nn.functional.elu(x) + 1 if case.feature_map == "elu" else x.relu()
-        short = case.T * BLOCK_K - case.kv_len
         phi, blocks_v = (
-            torch.nn.functional.pad(y, (0, 0, 0, short)).unflatten(2, (case.T, BLOCK_K)) for y in (phi, self.v.double())
+            reference.split_blocks(y, BLOCK_K) for y in (reference.feature_map(x, case.feature_map), self.v.double())
         )
         self.h, self.z = phi.mT @ blocks_v, phi.sum(3)
 
@@ -56,12 +48,6 @@ class Problem:
         """(B H, M, D + 1, D) float64 H and Z."""
         states = torch.cat([self.h, self.z[..., None, :]], 3).repeat_interleave(self.case.group, 1)
         return torch.einsum("bhmt,bhtde->bhmde", (~self.kept).double(), states).flatten(0, 1)
-
-
-def place_of(channels: int) -> Tensor:
-    """Where in stored order each channel is."""
-    place = torch.arange(channels)
-    return torch.argsort(place // 16 * 16 + place % 16 // 4 * 2 + place % 2 + place % 4 // 2 * 8)
 
 
 def check_states(case: Case) -> dict[str, float]:
@@ -87,7 +73,7 @@ def check_fp8_states(case: Case) -> dict[str, float]:
     assert tiles is not None
     scales_values = case.pv_format is not None
     found = gluon_states.fp8_states(tiles, p.k, p.v, p.center, padded, FACTOR, settings, scales_values=scales_values)
-    codes = found.codes[..., place_of(DIM).to(case.device)].double()
+    codes = found.codes[..., stored_order(DIM, p.k.device).argsort()].double()
     assert (codes[:, case.T :] == 0).all()
     states = codes[:, : case.T] * found.unit.double()[..., None, None]
     h, z = p.h.flatten(0, 1) * FACTOR, p.z.flatten(0, 1) * FACTOR

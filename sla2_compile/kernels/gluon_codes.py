@@ -7,20 +7,25 @@ from triton.experimental.gluon import language as gl
 
 # 1.5 * 2^23, around which float32's numbers are the integers.
 INTEGER_FLOAT = gl.constexpr(12582912.0)
+# PTX that makes a word of four codes: of float32 in FP8 e4m3, and of integers that float32 holds in its last byte.
+FP8_WORD = gl.constexpr("""{
+.reg .b16 low, high;
+cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
+cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
+mov.b32 $0, {low, high};
+}""")
+INTEGER_WORD = gl.constexpr("""{
+.reg .b32 low, high;
+prmt.b32 low, $1, $2, 0x0040;
+prmt.b32 high, $3, $4, 0x0040;
+prmt.b32 $0, low, high, 0x5410;
+}""")
 
 
 @gluon.jit
 def pack_fp8(x):
     """float32 to FP8 e4m3, four at a time: the compiler packs pairs byte by byte."""
-    return gl.inline_asm_elementwise(
-        """{
-        .reg .b16 low, high;
-        cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
-        cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
-        mov.b32 $0, {low, high};
-        }""",
-        "=r,r,r,r,r", [x], dtype=gl.float8e4nv, is_pure=True, pack=4,
-    )  # fmt: skip
+    return gl.inline_asm_elementwise(FP8_WORD, "=r,r,r,r,r", [x], dtype=gl.float8e4nv, is_pure=True, pack=4)
 
 
 @gluon.jit
@@ -38,17 +43,8 @@ def to_codes(x, scale, dtype: gl.constexpr):
     if dtype == gl.float8e4nv:
         return pack_fp8(x)
     else:
-        # The last byte of such a number is the integer's.
         x = gl.minimum(gl.maximum(x, -127.0), 127.0) + INTEGER_FLOAT
-        return gl.inline_asm_elementwise(
-            """{
-            .reg .b32 low, high;
-            prmt.b32 low, $1, $2, 0x0040;
-            prmt.b32 high, $3, $4, 0x0040;
-            prmt.b32 $0, low, high, 0x5410;
-            }""",
-            "=r,r,r,r,r", [x], dtype=gl.int8, is_pure=True, pack=4,
-        )  # fmt: skip
+        return gl.inline_asm_elementwise(INTEGER_WORD, "=r,r,r,r,r", [x], dtype=gl.int8, is_pure=True, pack=4)
 
 
 @gluon.jit
@@ -69,26 +65,10 @@ def to_code_words(x, scale, FP8: gl.constexpr):
     x = _quotient(x, scale)
     if FP8:
         a, b, c, d = quarters(x)
-        return gl.inline_asm_elementwise(
-            """{
-            .reg .b16 low, high;
-            cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
-            cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
-            mov.b32 $0, {low, high}; // words of codes
-            }""",
-            "=r,f,f,f,f", [a, b, c, d], dtype=gl.int32, is_pure=True, pack=1,
-        )  # fmt: skip
+        return gl.inline_asm_elementwise(FP8_WORD, "=r,f,f,f,f", [a, b, c, d], dtype=gl.int32, is_pure=True, pack=1)
     else:
         a, b, c, d = quarters(x + INTEGER_FLOAT)
-        return gl.inline_asm_elementwise(
-            """{
-            .reg .b32 low, high;
-            prmt.b32 low, $1, $2, 0x0040;
-            prmt.b32 high, $3, $4, 0x0040;
-            prmt.b32 $0, low, high, 0x5410; // words of integers
-            }""",
-            "=r,f,f,f,f", [a, b, c, d], dtype=gl.int32, is_pure=True, pack=1,
-        )  # fmt: skip
+        return gl.inline_asm_elementwise(INTEGER_WORD, "=r,f,f,f,f", [a, b, c, d], dtype=gl.int32, is_pure=True, pack=1)
 
 
 @gluon.jit

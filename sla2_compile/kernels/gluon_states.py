@@ -240,7 +240,7 @@ def _states_kernel(
             before = gl.where(j == 0, 0.0, unit)
             unit = gl.maximum(_power_of_two_above(v_peak * (1 / LARGEST_VALUE)), before * SMALLER_UNIT)
             ratio = _over_power_of_two(before, unit)
-            inverse = _over_power_of_two(1.0 + 0.0 * unit, unit)
+            inverse = _over_power_of_two(gl.to_tensor(1.0), unit)
             k_scale = gl.where(k_peak > 0, gl.div_rn(k_peak, limit), 1.0)
             _send(code_tiles, index * 64, 0, out_smem, to_code_words(x, k_scale, FP8_KEYS))
         phi, size = feature_map(x, MAP)

@@ -139,10 +139,11 @@ def _write(words, out_tiles, out_ptr, smem, row, column, num_rows, pitch):
 
 @gluon.jit
 def _write_half(words, out_tiles, out_ptr, smem, row, column, num_rows, pitch):
-    """The same of 64 query blocks."""
+    """The same of twice as many query blocks."""
+    ROWS_OUT: gl.constexpr = smem.shape[0]
     left, right = halves(words)
     _write(left, out_tiles, out_ptr, smem, row, column, num_rows, pitch)
-    _write(right, out_tiles, out_ptr, smem, row + 32, column, num_rows - 32, pitch)
+    _write(right, out_tiles, out_ptr, smem, row + ROWS_OUT, column, num_rows - ROWS_OUT, pitch)
 
 
 @gluon.jit
@@ -169,7 +170,6 @@ def _consume(
             even_sum = warpgroup_mma(even, tails, zero, is_async=True, use_acc=False)
             odd_sum = warpgroup_mma(odd, tails, zero, is_async=True, use_acc=False)
             for chunk in range(1, CHUNKS):
-                mbarrier.wait(full.index(slot), phase)
                 # Before the next operands, which take the registers that are being multiplied: nobody keeps them
                 # apart.
                 even_sum, odd_sum = warpgroup_mma_wait(0, deps=[even_sum, odd_sum])
