@@ -56,12 +56,16 @@ FORMATS = {80: {"int8"}, 86: {"int8"}} | {arch: {"int8", "fp8"} for arch in (89,
 # Their registers are divided among groups of warps by hand, so a block's scalars, used outside their loops, may be in
 # local memory; every other kernel has no stack.
 DIVIDE_REGISTERS = (
+    "gluon_fp8_attention.fp8_attention_kernel",
     "gluon_attention.attention_kernel",
     "gluon_backward_keys.keys_kernel",
     "gluon_backward_queries.queries_kernel",
     "gluon_backward_tail.tail_kernel",
     "gluon_tail_sums.tail_sums_kernel",
 )
+# So many programs of these are meant to share a multiprocessor, whose shared memory is 228 KB, 1 KB a program apart.
+SHARING = {"gluon_fp8_attention.fp8_attention_kernel": 2, "gluon_states.states_kernel": 3}
+SHARED_MEMORY, RESERVED = 228 * 1024, 1024
 
 
 @dataclass(frozen=True)
@@ -171,6 +175,9 @@ def compile_launch(launch: Launch) -> Compiled:
         problems.append("has no loop with tensor-core instructions, so nothing is known of its spills")
     elif in_loops:
         problems.append("spills in its loops")
+    programs = SHARING.get(launch.kernel, 1)
+    if programs * (shared + RESERVED) > SHARED_MEMORY:
+        problems.append(f"{programs} programs do not fit into a multiprocessor")
     if shared > limit:
         problems.append(f"needs more than {limit} bytes of shared memory")
     if registers * 32 * launch.options.num_warps > REGISTERS and launch.kernel not in DIVIDE_REGISTERS:

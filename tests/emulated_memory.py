@@ -110,6 +110,10 @@ class SharedMemory:
     def reshape(self, shape: Sequence[int]) -> SharedMemory:
         return self._view(lambda plane: plane.view(list(shape)))
 
+    def _reinterpret(self, dtype: Any, shape: Sequence[int], layout: Any) -> SharedMemory:
+        assert dtype == self.dtype, "of another type: not emulated"
+        return self.reshape(shape)
+
     def load(self, layout: Any = None) -> Value:
         self.check_read(asynchronous=False)
         self.mark_read(self.machine.current.clock)

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 
+from sla2_compile.kernels.gluon_fp8_stream import HEADROOM
+
 DTYPES = {
     gl.int1: torch.bool, gl.int8: torch.int8, gl.uint8: torch.uint8, gl.int16: torch.int16, gl.int32: torch.int32,
     gl.int64: torch.int64, gl.float16: torch.float16, gl.bfloat16: torch.bfloat16, gl.float32: torch.float32,
@@ -202,7 +204,7 @@ class Pointer:
 def load(pointer: Pointer, mask: Any = None, other: Any = None, **_: Any) -> Value:
     place, chosen = pointer.places(mask)
     found = pointer.memory[torch.where(chosen, place, 0)]
-    fill = math.nan if other is None and found.is_floating_point() else other or 0
+    fill = other if other is not None else math.nan if found.is_floating_point() else 0
     rest = promoted(Value(found), fill)[1] if not isinstance(fill, Value) else fill.data.to(found.dtype)
     return Value(torch.where(chosen, found, rest), pointer.offset.layout)
 
@@ -296,6 +298,23 @@ def reduce(x: Any, axis: int, combine: Callable[..., Any], **_: Any) -> Any:
     return found if isinstance(x, tuple) else found[0]
 
 
+def associative_scan(x: Value, axis: int, combine: Callable[[Value, Value], Value], **_: Any) -> Value:
+    parts = [Value(part) for part in x.data.unbind(axis)]
+    for i in range(1, len(parts)):
+        parts[i] = combine(parts[i - 1], parts[i])
+    return Value(torch.stack([part.data for part in parts], axis), x.layout)
+
+
+def _ballot(flags: Tensor) -> Tensor:
+    """Of a warp whose lanes are the last dimension."""
+    words = ((flags != 0).long() << torch.arange(32)).sum(-1, keepdim=True)
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32).expand(flags.shape)
+
+
+def _popcount(words: Tensor) -> Tensor:
+    return (words[..., None] >> torch.arange(32) & 1).sum(-1, dtype=torch.int32)
+
+
 def _words_of(parts: Sequence[Tensor]) -> Tensor:
     """Two or four numbers as words of 32 bits, the first as the lowest bits."""
     return torch.stack([part.contiguous() for part in parts], -1).view(torch.int32)[..., 0]
@@ -331,9 +350,21 @@ def _round_state(a: Tensor, b: Tensor, c: Tensor, d: Tensor, rest: Tensor, ratio
     return _words_of(codes.unbind(-1)), _words_of(left.to(torch.uint8).unbind(-1))
 
 
+def _raise_peak(largest: Tensor, peak: Tensor) -> tuple[Tensor, Tensor]:
+    """`gluon_fp8_stream._raise_peak`: four threads have a row."""
+    found = largest.amax(1, keepdim=True).ceil()
+    raised = torch.where(found > peak + HEADROOM.value, found, peak)
+    return raised, torch.exp2(peak - raised)
+
+
 # How the assembly that kernels embed is told apart, and what it makes of one element. More may be added by a test.
 ASSEMBLY: dict[str, Callable[..., Any]] = {
+    "vote.sync.ballot.b32": _ballot,
+    "%lanemask_lt": lambda words: _popcount(words & ((1 << torch.arange(32)) - 1).to(torch.int32)),
+    "popc.b32": _popcount,
     "sub.f16x2": _round_state,
+    "cvt.rpi.f32.f32": _raise_peak,
+    "mov.b32 $0, $1;": lambda x: x,
     "cvt.rn.satfinite.e4m3x2.f32": _packed(_to_e4m3),
     "cvt.rn.bf16x2.f32 $0, $1, $2; // one word": lambda high, low: _words_of(
         [x.to(torch.bfloat16) for x in (low, high)]
@@ -366,10 +397,10 @@ def _fma(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
 
 _UNARY = ("abs", "ceil", "cos", "exp", "exp2", "floor", "log", "log2", "rsqrt", "sigmoid", "sin", "sqrt")
 FUNCTIONS: dict[str, Any] = {
-    "arange": arange, "broadcast": broadcast, "convert_layout": convert_layout, "expand_dims": expand_dims,
-    "full": full, "inline_asm_elementwise": inline_asm_elementwise, "join": join, "load": load, "max": maximum_over,
-    "min": minimum_over, "permute": permute, "reduce": reduce, "reshape": reshape, "split": split, "store": store,
-    "sum": sum_over, "where": where, "zeros": zeros, "set_auto_layout": convert_layout,
+    "arange": arange, "associative_scan": associative_scan, "broadcast": broadcast, "convert_layout": convert_layout,
+    "expand_dims": expand_dims, "full": full, "inline_asm_elementwise": inline_asm_elementwise, "join": join,
+    "load": load, "max": maximum_over, "min": minimum_over, "permute": permute, "reduce": reduce, "reshape": reshape,
+    "split": split, "store": store, "sum": sum_over, "where": where, "zeros": zeros, "set_auto_layout": convert_layout,
     "cast": lambda x, dtype, bitcast=False: lift(x).to(dtype, bitcast), "to_tensor": lift, "constexpr": lambda x: x,
     "fma": lambda x, y, z: elementwise(_fma, x, y, z), "div_rn": lambda x, y: elementwise(operator.truediv, x, y),
     # Unlike the hardware's, these keep a NaN, which then shows.

@@ -27,7 +27,8 @@ def forward_errors(case: cases.Case, p: cases.Problem, *, repeat: bool) -> dict[
     that two runs give the same bits.
 
     Returns:
-        "exact": the output against the reference in float64 without formats, for the kernels' own choice of blocks.
+        "exact": the output, where something is saved for a backward and where nothing is, against the reference in
+            float64 without formats, for the kernels' own choice of blocks.
         "rounded": the same with the formats emulated; all outputs, where the choice of blocks is the float64 one.
         "eager": the reference in the case's dtype against the reference in float64, both without formats.
         "unsaved": the output where nothing is saved for a backward, against the one where something is.
@@ -47,6 +48,7 @@ def forward_errors(case: cases.Case, p: cases.Problem, *, repeat: bool) -> dict[
         assert (got.shape, got.stride()) == (want.shape, want.stride())
     assert found[0].isfinite().all()
     assert found[1].isfinite().all()
+    assert unsaved[0].isfinite().all()
     kept = found[4]
     exact, rounded, eager = (
         _reference(case, p, kept, torch.float64, formats=False),
@@ -54,7 +56,7 @@ def forward_errors(case: cases.Case, p: cases.Problem, *, repeat: bool) -> dict[
         _reference(case, p, kept, case.dtype, formats=False),
     )
     errors = {
-        "exact": {"out": relative_error(found[0], exact)},
+        "exact": {"out": relative_error(found[0], exact), "unsaved": relative_error(unsaved[0], exact)},
         "rounded": {"out": relative_error(found[0], rounded)},
         "eager": {"out": relative_error(eager, exact)},
         # With nothing to save another kernel may serve, which rounds elsewhere.

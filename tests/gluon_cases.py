@@ -14,6 +14,28 @@ TILES = dataclasses.replace(
     POOLED, q_len=5 * 7 * 9 + 20, kv_len=5 * 7 * 9 + 20, token_grid=(5, 7, 9), exact_prefix=8, exact_suffix=12
 )
 RAGGED = {"q_len": 170, "kv_len": 333}
+# Two programs a multiprocessor take these where nothing is saved; several query blocks each in the emulator.
+FP8_POOLED = dataclasses.replace(
+    POOLED,
+    dim=128,
+    heads=3,
+    kv_heads=3,
+    q_len=290,
+    kv_len=64 * 11 + 5,
+    qk_format="fp8",
+    pv_format="fp8",
+    key_offset=2.0,
+)
+FP8_CASES = {
+    **{f"FP8, head dim 128, {n} of 12 kept": dataclasses.replace(FP8_POOLED, sparsity=1 - n / 12) for n in (1, 2, 5)},
+    "FP8, head dim 128, learned logit": dataclasses.replace(
+        FP8_POOLED, learned=True, gain=False, heads=4, kv_heads=2, batch=2, q_len=256, kv_len=320
+    ),
+    "FP8, head dim 128, whole blocks": dataclasses.replace(FP8_POOLED, q_len=256, kv_len=64 * 9),
+    "FP8, head dim 128, many tiles": dataclasses.replace(
+        FP8_POOLED, heads=1, kv_heads=1, q_len=300, kv_len=64 * 40 + 9
+    ),
+}
 CASES = {
     "pooled": POOLED,
     "pooled, head dim 128, groups": dataclasses.replace(POOLED, dim=128, heads=2, **RAGGED),
@@ -42,6 +64,7 @@ CASES = {
         )
         for kept in (1, 2, 3, 4, 7)
     },
+    **FP8_CASES,
     "many FP8 tiles": dataclasses.replace(
         POOLED, qk_format="int8", pv_format="fp8", key_offset=2.0, q_len=64, kv_len=64 * 70 + 5, sparsity=0.0
     ),

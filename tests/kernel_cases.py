@@ -21,7 +21,7 @@ NAMES = ("dq", "dk", "dv", "d_logit", "d_gain")
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """Shapes and settings; `learned` gives alpha_logit and, with row mixing, alpha_gain values of their own."""
+    """Shapes and settings; `learned` gives alpha_logit and, with row mixing and `gain`, alpha_gain their own values."""
 
     batch: int = 1
     heads: int = 2
@@ -42,6 +42,7 @@ class Case:
     exact_suffix: int = 0
     masked: bool = False
     learned: bool = True
+    gain: bool = True
     shared: bool = False  # the learned logit is one per head, expanded to the query blocks; gains lie apart in memory
     router: bool = False  # a learned one
     popular: bool = False  # every query likes the same few keys
@@ -135,7 +136,7 @@ def problem(case: Case, device: str = "cpu", seed: int = 0) -> Problem:
     logit = gain = None
     if case.learned:
         logit = torch.randn(case.heads, num_blocks(case.q_len, case.block_q), generator=generator).to(device)
-        if case.mixing == "row":
+        if case.mixing == "row" and case.gain:
             gain = (torch.rand(case.heads, generator=generator) + 0.5).to(device)
         if case.shared:
             logit = logit[:, :1].expand_as(logit)

@@ -13,6 +13,8 @@ from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.settings import Settings, empty_output, empty_saved
 
 DIMS = (64, 72, 80, 96, 128, 160, 192, 256)
+# Tokens of a video of 720p.
+LONG = 75_600
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -112,6 +114,11 @@ def quick_cases() -> Iterator[Case]:
     # States in FP8, with values' scales and without.
     for qk_format, pv_format in (("fp8", "fp8"), ("fp8", None)):
         yield Case(tail="linear", mixing="block", qk_format=qk_format, pv_format=pv_format)
+    # So many key blocks that on Hopper a warp chooses a row's.
+    yield Case(length=LONG)
+    # Numbers that are 1 are constants to the compiler.
+    for options in ({"logit": True}, {"tail": "linear", "mixing": "block"}):
+        yield Case(heads=1, key_heads=1, length=LONG, qk_format="fp8", pv_format="fp8", **options)
 
 
 def all_cases() -> Iterator[Case]:
@@ -151,7 +158,12 @@ def all_cases() -> Iterator[Case]:
     for qk_format, pv_format in FORMATS:
         yield Case(tail="linear", mixing="block", qk_format=qk_format, pv_format=pv_format)
     yield Case(dtype="fp16", tail="linear", mixing="block", qk_format="fp8", pv_format="fp8")
-    yield Case(length=75_600, tail="linear", mixing="block", qk_format="fp8", pv_format="fp8")
+    for grid, masked in ((True, False), (False, True), (True, True)):
+        yield Case(length=LONG, grid=grid, masked=masked)
+    # 60 words of key blocks, in two parts, and 64, the most that a warp chooses from.
+    for length in (120_000, 131_072):
+        yield Case(length=length, grid=True, masked=True)
+    yield Case(length=LONG, tail="linear", mixing="block", qk_format="fp8", pv_format="fp8")
     yield Case(sparsity=0.0, training=True)
     for length in (1, 262_144):
         yield Case(length=length, training=True)

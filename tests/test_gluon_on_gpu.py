@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from gluon_cases import FP8_CASES, FP8_POOLED
+from kernel_cases import poisoned_memory, problem
+from test_triton_forward import check
 from tolerances import relative_error
 from torch import Tensor
 
@@ -32,6 +36,7 @@ FORWARD: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "tiles, linear": ({**GRID, **LINEAR}, ("logit",)),
     "int8": ({"qk_format": "int8"}, ()),
     "fp8": (FP8, ()),
+    "fp8, logit": (FP8, ("logit",)),
     "fp8 keys": ({"qk_format": "fp8"}, ()),
     "fp8 keys, linear": ({"qk_format": "fp8", **LINEAR}, ("logit",)),
     "int8, fp8": ({"qk_format": "int8", "pv_format": "fp8"}, ()),
@@ -77,13 +82,15 @@ def without_gluon(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
             gluon_backward_keys,
             gluon_backward_queries,
             gluon_backward_tail,
+            gluon_fp8_attention,
         )
 
         of_backward = (
             (gluon_backward_keys, "key_gradients"), (gluon_backward_queries, "query_gradient"),
             (gluon_backward_tail, "tail_gradient"),
         )  # fmt: skip
-        for module, launcher in of_backward if backward else ((gluon_attention, "attend"),):
+        of_forward = ((gluon_attention, "attend"), (gluon_fp8_attention, "attend"))
+        for module, launcher in of_backward if backward else of_forward:
             monkeypatch.setattr(module, launcher, lambda *_: None)
 
     return switch_off
@@ -102,3 +109,35 @@ def test_at_a_video_s_length_hopper_s_kernels_agree_with_triton_s(
     for x, y in zip(found, run(name, training=training), strict=True):
         assert x.isfinite().all()
         assert relative_error(x, y) < LIMIT
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", FP8_CASES)
+def test_two_programs_a_multiprocessor_attend_in_fp8_as_float64_does(name: str, dtype: torch.dtype) -> None:
+    from forward_checks import forward_errors
+
+    from sla2_compile.kernels import cuda_forward
+
+    case = dataclasses.replace(FP8_CASES[name], dtype=dtype)
+    p = problem(case, "cuda")
+    with poisoned_memory():
+        found, again = (cuda_forward.forward(*p.forward_arguments, False, case.settings)[0] for _ in range(2))
+        errors = forward_errors(case, p, repeat=False)
+    assert torch.equal(found, again)
+    # What is saved for a backward comes from another kernel.
+    del errors["rounded"]
+    check(case, errors, name)
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("magnitude", [0.0, 30.0, 1000.0])
+def test_in_fp8_no_scores_make_an_output_infinite(magnitude: float) -> None:
+    from sla2_compile.kernels import cuda_forward
+
+    case = dataclasses.replace(FP8_POOLED, magnitude=magnitude, dtype=torch.bfloat16)
+    with poisoned_memory():
+        out = cuda_forward.forward(*problem(case, "cuda").forward_arguments, False, case.settings)[0]
+    assert out.isfinite().all()

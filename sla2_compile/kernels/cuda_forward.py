@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sla2_compile.kernels import blocked, gluon_attention
+from sla2_compile.kernels import blocked, gluon_attention, gluon_fp8_attention
 from sla2_compile.kernels.attention_stage import AttentionInputs, Outputs
 from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.hardware import shared_memory
@@ -52,7 +52,8 @@ def forward(
         # Now that the key blocks' states are gone, which are as large as both.
         out, sparse_out = _empty_outputs(q, save_sparse_out)
         outputs = Outputs(out, sparse_out if save_sparse_out else None, sparse_lse, tail_lse)
-        if not gluon_attention.attend(outputs, inputs, settings):
+        on_hopper = (gluon_fp8_attention.attend, gluon_attention.attend)
+        if not any(attend(outputs, inputs, settings) for attend in on_hopper):
             config = attention_config(padded_dim(q.shape[3]), q.element_size(), q.device, low_bit=settings.is_low_bit)
             attention(outputs, inputs, settings, config)
     return out, sparse_out, sparse_lse, tail_lse, kept

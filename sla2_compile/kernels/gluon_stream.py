@@ -103,14 +103,14 @@ def _issue_values(probs, values, acc, APART: gl.constexpr):
 
 
 @gluon.jit
-def _mask_short(scores, last_size):
+def mask_short(scores, last_size):
     """-inf for keys past the end of the last, short key block."""
     column = gl.arange(0, KEYS, layout=gl.SliceLayout(0, scores.type.layout))
     return gl.where((column < last_size)[None, :], scores, float("-inf"))
 
 
 @gluon.jit
-def _mask_means(scores, low, high):
+def mask_means(scores, low, high):
     """-inf for means of kept blocks, whose bits in the two words are set."""
     column = gl.arange(0, KEYS, layout=gl.SliceLayout(0, scores.type.layout))
     # In two parts: the first is the same for all columns of a thread, the second a constant.
@@ -160,7 +160,7 @@ def _softmax(scores, peak, factor, bias, FP8: gl.constexpr, SHIFTED: gl.constexp
 
 
 @gluon.jit
-def _to_operand(weights, dtype: gl.constexpr, layout: gl.constexpr):
+def to_operand(weights, dtype: gl.constexpr, layout: gl.constexpr):
     """Probabilities as the left operand of the product with the values; moves nothing between threads.
 
     8-bit ones come in the order in which `triton_low_bit.stored_key` has the values.
@@ -220,12 +220,12 @@ def begin(
     slot, phase = next_slot(slot, phase, STAGES)
     scores = _as_scores(products, SHIFTED)
     if MEANS:
-        scores = _mask_means(scores, low, high)
+        scores = mask_means(scores, low, high)
     if RAGGED:
         if MEANS:
             scores = _weigh_short_mean(scores, tile_factor, 0, T, gl.where(is_short, last_bias, 0.0))
         else:
-            scores = _mask_short(scores, gl.where(is_short, last_size, KEYS))
+            scores = mask_short(scores, gl.where(is_short, last_size, KEYS))
     weights, peak, rescale = _softmax(scores, peak, tile_factor, bias, FP8, SHIFTED)
     if num_waits > 1:
         mbarrier.wait(full.index(slot), phase)
@@ -234,7 +234,7 @@ def begin(
 
 
 @gluon.constexpr_function
-def _shrink_assembly(size):
+def shrink_assembly(size):
     """PTX that multiplies `size` numbers of a thread, two of a row and two of another in turn, or leaves it."""
     products = "\n".join(f"mul.f32 ${i}, ${i}, ${2 * size + i};" for i in range(size))
     return f"""{{
@@ -249,7 +249,7 @@ def _shrink_assembly(size):
 
 
 @gluon.constexpr_function
-def _shrink_constraints(size):
+def shrink_constraints(size):
     return ",".join(["=f"] * size + [str(i) for i in range(size)] + ["f"] * size)
 
 
@@ -258,7 +258,7 @@ def _shrink(acc, held):
     """`acc` (64, D) times `held` (64,), a slice of its layout; skipped by warps for whose rows that is 1."""
     SIZE: gl.constexpr = acc.shape[1] // 2
     return gl.inline_asm_elementwise(
-        _shrink_assembly(SIZE), _shrink_constraints(SIZE), [acc, held[:, None]], dtype=gl.float32, is_pure=False,
+        shrink_assembly(SIZE), shrink_constraints(SIZE), [acc, held[:, None]], dtype=gl.float32, is_pure=False,
         pack=SIZE,
     )  # fmt: skip
 
@@ -310,7 +310,7 @@ def stream(
         if not PROMOTE:
             # Behind the scores: the tensor cores have work in the meantime.
             acc = _shrink(acc, held)
-        probs = _to_operand(weights, v_smem.dtype, p_layout)
+        probs = to_operand(weights, v_smem.dtype, p_layout)
         acc_token = _issue_values(probs, v_smem.index(last_slot), acc, PROMOTE)
         # Here and not when it is done with: the compiler lets a group's warps wait for each other before and after
         # what it takes for an access to all shared memory, and here they wait for the scores in any case.
@@ -318,7 +318,7 @@ def stream(
         group_barrier()
         scores = _as_scores(warpgroup_mma_wait(1, deps=[token]), SHIFTED)
         if MEANS:
-            scores = _mask_means(scores, low, high)
+            scores = mask_means(scores, low, high)
         if MEANS and RAGGED:
             # A loop that runs once or not at all: of a branch the assembler makes instructions that all tiles execute.
             for _ in range(gl.where(i == num_tiles - 1, 1, 0)):
@@ -345,7 +345,7 @@ def issue_last(acc, weights, held, v_smem, last_slot, PROMOTE: gl.constexpr):
     if not PROMOTE:
         acc = acc * held[:, None]
     p_layout: gl.constexpr = left_operand(acc.type.layout, v_smem.dtype.primitive_bitwidth // 8)
-    probs = _to_operand(weights, v_smem.dtype, p_layout)
+    probs = to_operand(weights, v_smem.dtype, p_layout)
     return acc, _issue_values(probs, v_smem.index(last_slot), acc, PROMOTE)
 
 

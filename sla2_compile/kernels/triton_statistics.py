@@ -208,7 +208,9 @@ def block_statistics(
     tuned = capability(k.device)[0] in (0, 9) and k.element_size() == 2 and small
     num_warps, elements, max_registers = k.element_size(), 4096, MAX_REGISTERS
     if tuned:
-        num_warps, elements, max_registers = 1, 2048, 96 if real is None else MAX_REGISTERS
+        # Of one head alone a few more: to the compiler its number is a constant, which costs some.
+        few = 104 if k.shape[0] * k.shape[1] == 1 else 96
+        num_warps, elements, max_registers = 1, 2048, few if real is None else MAX_REGISTERS
     launch(
         _statistics_kernel, (num_q + num_k * (1 + int(reads_v)),),
         q, k, v if reads_v else None, real, order, q_mean, q_scale, k_mean, None if late_k_bar else k_bar, v_bar,

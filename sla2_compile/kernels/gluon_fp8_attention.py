@@ -1,0 +1,228 @@
+"""Attention in FP8 with a pooled tail on Hopper, two programs a multiprocessor: faster there than `gluon_attention.py`.
+
+Its softmax keeps the tensor cores waiting: two groups of warps of 240 registers issue instructions in 45 % of cycles.
+Here four groups share a multiprocessor, two of each program, 64 query rows each, with 128 registers a thread. Queries
+are multiplied from shared memory, where their codes are, and no group only fetches: see `gluon_fp8_stream.py`.
+
+For inference: kept keys and means in one softmax, with a learned logit or none, keys and values in FP8, head dim 128.
+All else is `gluon_attention.py`'s: a linear tail gains nothing here, and 16-bit tiles leave no room for two programs.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+
+from sla2_compile.kernels.attention_stage import AttentionInputs, Outputs
+from sla2_compile.kernels.blocks import num_blocks
+from sla2_compile.kernels.gluon_codes import to_codes
+from sla2_compile.kernels.gluon_feature_map import LOG2_E
+from sla2_compile.kernels.gluon_fp8_stream import (
+    MAX_TILES,
+    TABLE_LAYOUT,
+    attend_to_tiles,
+    fetch,
+    place_of,
+    write_tables,
+)
+from sla2_compile.kernels.gluon_stream import MEAN_BIAS, out_layout, row_totals, scores_layout, sum_in_thread
+from sla2_compile.kernels.gluon_tiles import (
+    BLOCK_K,
+    HALF_REGISTERS,
+    matrix_tiles,
+    phase_of,
+    row_layout,
+    slot_of,
+    suits_hopper,
+    token_tiles,
+    write_rows,
+)
+from sla2_compile.kernels.hardware import num_multiprocessors
+from sla2_compile.kernels.launch import launch
+from sla2_compile.kernels.settings import Settings
+from sla2_compile.kernels.tensor_rows import matrix_steps
+
+DIM = 128
+# Of the rings: queries and their codes leave room for no more.
+STAGES = 4
+_REGISTERS = gl.constexpr(HALF_REGISTERS)
+
+
+@gluon.jit
+def _another(x):
+    """`x`, but to the compiler another number: what is computed from it again is not held in registers meanwhile."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _attend(
+    part: gl.constexpr, q_tiles, k_tiles, v_tiles, out_tiles, kept_ptr, bits_ptr, logit_ptr, q_scale_ptr, k_scale_ptr,
+    v_scale_ptr, out_ptr, sparse_lse_ptr, tail_lse_ptr, rows_smem, q_smem, k_smem, v_smem, numbers, scales, q_full,
+    full, empty, q_rows, q_head_rows, q_columns, out_rows, out_head_rows, out_columns, out_sn, H, GROUP, N, N_KV,
+    slots, num_heads, scale, RAGGED: gl.constexpr,
+):  # fmt: skip
+    """One group of warps: its half of every query block of this program.
+
+    sparse_lse_ptr, tail_lse_ptr: only one group has them.
+    """
+    STAGES: gl.constexpr = k_smem.shape[0]
+    D: gl.constexpr = q_smem.shape[1]
+    o_layout: gl.constexpr = out_layout(D, 1)
+    # Few arguments: those of a second group go by way of shared memory, of which nothing is left.
+    M, T = (N + 127) // 128, (N_KV + 63) // 64
+    last_size = N_KV - (T - 1) * 64
+    last_bias = gl.log2(last_size.to(gl.float32)) - MEAN_BIAS
+    total_blocks = num_heads * M
+    step = 0
+    count, num_tiles, first_block = write_tables(
+        0, kept_ptr, k_scale_ptr, numbers, scales, part, H, GROUP, M, T, slots, total_blocks
+    )  # fmt: skip
+    fetch(k_tiles, v_tiles, numbers, first_block, part, part, k_smem, v_smem, full, empty)
+    for turn in range((total_blocks - gl.program_id(0) + gl.num_programs(0) - 1) // gl.num_programs(0)):
+        wide_head, m, b, h, _ = place_of(turn, H, GROUP, M)
+        block = wide_head * M + m
+        first_row = m * 128 + part * 64
+        # Rows of the last output have left from where queries arrive.
+        tma.store_wait(0)
+        mbarrier.expect(q_full, q_tiles.block_type.nbytes)
+        q_row, q_column = b * q_rows + h * q_head_rows + first_row, h * q_columns
+        tma.async_copy_global_to_shared(q_tiles, [q_row, q_column], q_full, rows_smem)
+        q_scale = gl.load(q_scale_ptr + block)
+        # Kept keys' bias is whole, so that codes do not depend on it; what that leaves is made up for behind them.
+        bias, fraction = 0.0, 1.0
+        if logit_ptr is not None:
+            logit = gl.load(logit_ptr + h * M + m) * LOG2_E
+            bias = gl.floor(logit)
+            fraction = gl.exp2(logit - bias)
+        words_ptr = bits_ptr + block * (2 * ((T + 63) // 64))
+        short_size = 64
+        if RAGGED:
+            # The last block, if it is kept, comes first.
+            is_kept = (gl.load(words_ptr + ((T - 1) >> 5)) >> ((T - 1) & 31)) & 1
+            short_size = gl.where(is_kept == 1, last_size, 64)
+        mbarrier.wait(q_full, turn & 1)
+        q_smem.store(to_codes(rows_smem.load(row_layout(D)).to(gl.float32), q_scale, q_smem.dtype))
+        fence_async_shared()
+        mbarrier.wait(full.index(slot_of(step, STAGES)), phase_of(step, STAGES))
+        acc = gl.zeros([64, D], gl.float32, layout=o_layout)
+        total = sum_in_thread(gl.zeros([64, 64], gl.float32, layout=scores_layout(1)))
+        peak = total - float("inf")
+        factor = scale * LOG2_E * q_scale
+        acc, peak, total, step = attend_to_tiles(
+            part, acc, peak, total, step, 0, count, num_tiles, q_smem, k_smem, v_smem, full, empty, k_tiles, v_tiles,
+            numbers, first_block, scales, factor, bias, None, T, short_size, 0.0, False, RAGGED,
+        )  # fmt: skip
+        if logit_ptr is not None:
+            acc, total = acc * fraction, total * fraction
+        acc, peak, total, step = attend_to_tiles(
+            part, acc, peak, total, step, count, num_tiles, num_tiles, q_smem, k_smem, v_smem, full, empty, k_tiles,
+            v_tiles, numbers, first_block, scales, factor, MEAN_BIAS, words_ptr - 2 * count, T, short_size, last_bias,
+            True, RAGGED,
+        )  # fmt: skip
+        # Of the next two tiles, which is this group's to fetch.
+        own = (step + part) & 1
+        if own == 0:
+            mbarrier.arrive(empty.index(slot_of(step - 1, STAGES)), count=1)
+        # Before this block's output, so that they are there when it has left.
+        count, num_tiles, first_block = write_tables(
+            turn + 1, kept_ptr, k_scale_ptr, numbers, scales, own, H, GROUP, M, T, slots, total_blocks
+        )  # fmt: skip
+        if own < num_tiles:
+            fetch(k_tiles, v_tiles, numbers, first_block, own, step + own, k_smem, v_smem, full, empty)
+        wide_head, m, b, h, kv_head = place_of(_another(turn), H, GROUP, M)
+        first_row = m * 128 + part * 64
+        channel = gl.arange(0, D, layout=gl.SliceLayout(0, o_layout))
+        v_scale = gl.load(v_scale_ptr + kv_head * D + channel)
+        share = 1 / row_totals(total, gl.SliceLayout(1, o_layout))
+        acc = acc * v_scale[None, :] * share[:, None]
+        write_rows(
+            out_tiles, out_ptr, None, acc.to(q_tiles.dtype), rows_smem, b * out_rows + h * out_head_rows,
+            h * out_columns, first_row, N, out_sn,
+        )  # fmt: skip
+        if sparse_lse_ptr is not None:
+            # Nobody reads them where nothing is saved.
+            row = m * 128 + gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
+            zeros = (row * 0).to(gl.float32)
+            gl.store(sparse_lse_ptr + wide_head * N + row, zeros, mask=row < N)
+            gl.store(tail_lse_ptr + wide_head * N + row, zeros, mask=row < N)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _fp8_attention_kernel(
+    q_tiles, k_tiles, v_tiles, out_tiles, kept_ptr, bits_ptr, logit_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr,
+    out_ptr, sparse_lse_ptr, tail_lse_ptr, q_rows, q_head_rows, q_columns, out_rows, out_head_rows, out_columns,
+    out_sn, H, GROUP, N, N_KV, slots, num_heads, scale, RAGGED: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Grid: at most two programs a multiprocessor, and no more than query blocks."""
+    D: gl.constexpr = q_tiles.block_type.shape[1]
+    codes_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, D], k_tiles.dtype)
+    # Of either group: queries, later the output; their codes.
+    rows_smem = gl.allocate_shared_memory(q_tiles.dtype, [2, 64, D], q_tiles.layout)
+    q_smem = gl.allocate_shared_memory(k_tiles.dtype, [2, 64, D], codes_layout)
+    k_smem = gl.allocate_shared_memory(k_tiles.dtype, [STAGES] + k_tiles.block_type.shape, k_tiles.layout)
+    v_smem = gl.allocate_shared_memory(v_tiles.dtype, [STAGES] + v_tiles.block_type.shape, v_tiles.layout)
+    numbers = gl.allocate_shared_memory(gl.int16, [2, 32], TABLE_LAYOUT)
+    scales = gl.allocate_shared_memory(gl.float32, [2, 64], TABLE_LAYOUT)
+    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(q_full.index(i), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        # By the group that does not fetch it; who does knows when it is done itself.
+        mbarrier.init(empty.index(i), count=1)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (_attend, (gl.constexpr(0), q_tiles, k_tiles, v_tiles, out_tiles, kept_ptr, bits_ptr, logit_ptr,
+                       q_scale_ptr, k_scale_ptr, v_scale_ptr, out_ptr, sparse_lse_ptr, tail_lse_ptr,
+                       rows_smem.index(0), q_smem.index(0), k_smem, v_smem, numbers.index(0), scales.index(0),
+                       q_full.index(0), full, empty, q_rows, q_head_rows, q_columns, out_rows, out_head_rows,
+                       out_columns, out_sn, H, GROUP, N, N_KV, slots, num_heads, scale, RAGGED)),
+            (_attend, (gl.constexpr(1), q_tiles, k_tiles, v_tiles, out_tiles, kept_ptr, bits_ptr, logit_ptr,
+                       q_scale_ptr, k_scale_ptr, v_scale_ptr, out_ptr, None, None,
+                       rows_smem.index(1), q_smem.index(1), k_smem, v_smem, numbers.index(1), scales.index(1),
+                       q_full.index(1), full, empty, q_rows, q_head_rows, q_columns, out_rows, out_head_rows,
+                       out_columns, out_sn, H, GROUP, N, N_KV, slots, num_heads, scale, RAGGED)),
+        ],
+        [4],
+        [_REGISTERS],
+    )  # fmt: skip
+
+
+def _is_eligible(outputs: Outputs, inputs: AttentionInputs, settings: Settings) -> bool:
+    q, codes, slots = inputs.q, inputs.codes, inputs.kept.shape[3] - 1
+    one_softmax = settings.tail == "pooled" and settings.mixing == "row" and inputs.alpha_gain is None
+    plain = outputs.sparse_out is None and inputs.real is None and inputs.order is None
+    exact = settings.exact_queries(q.shape[2], inputs.k.shape[2])
+    num_tiles = slots + num_blocks(inputs.statistics.n.shape[1], BLOCK_K)
+    return (
+        suits_hopper(q, settings) and q.shape[3] == DIM and inputs.has_tail and one_softmax and plain
+        and codes.has_means_values and exact.count == 0 and num_tiles <= MAX_TILES
+    )  # fmt: skip
+
+
+def attend(outputs: Outputs, inputs: AttentionInputs, settings: Settings) -> bool:
+    """Write the outputs and return True, or False where this kernel cannot do it, and nothing is written."""
+    if not _is_eligible(outputs, inputs, settings):
+        return False
+    q, codes = inputs.q, inputs.codes
+    assert codes.k is not None
+    assert codes.v is not None
+    (batch, heads, q_len, dim), (key_heads, kv_len) = q.shape, inputs.k.shape[1:3]
+    slots, blocks = inputs.kept.shape[3] - 1, inputs.kept.shape[2]
+    q_tiles, out_tiles = token_tiles(q), token_tiles(outputs.out)
+    if q_tiles is None or out_tiles is None:
+        return False
+    launch(
+        _fp8_attention_kernel, (min(2 * num_multiprocessors(q.device), batch * heads * blocks),),
+        q_tiles, matrix_tiles(codes.k, BLOCK_K), matrix_tiles(codes.v, dim), out_tiles, inputs.kept, inputs.bits,
+        inputs.alpha_logit, codes.q_scale, codes.k_scale, codes.v_scale, outputs.out, outputs.sparse_lse,
+        outputs.tail_lse, *(step for x in (q, outputs.out) for step in matrix_steps(x)), outputs.out.stride(2),
+        heads, heads // key_heads, q_len, kv_len, slots, batch * heads, settings.scale,
+        RAGGED=kv_len % BLOCK_K != 0, STAGES=STAGES, num_warps=4, maxnreg=HALF_REGISTERS,
+    )  # fmt: skip
+    return True
