@@ -19,7 +19,7 @@ FORWARD: Rules = (
     ("linear tail", ("linear", "states", "tail_sums", "nvjet", "cutlass", "gemm", "xmma")),
     ("quantisation", ("low_bit", "quant")),
     ("block means", ("statistics",)),
-    ("router", ("rout", "bits", "topk", "sort", "order")),
+    ("router", ("rout", "choose", "bits", "topk", "sort", "order")),
     ("sparse + tail", ("attention", "mixture")),
 )
 BACKWARD: Rules = (

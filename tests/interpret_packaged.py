@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from unittest import mock
 
 os.environ["TRITON_INTERPRET"] = "1"
 
@@ -17,7 +18,7 @@ from tolerances import relative_error
 
 from sla2_compile.exporters.program import attention_from
 from sla2_compile.functional import config_arguments
-from sla2_compile.kernels import packaged
+from sla2_compile.kernels import gluon_choose, packaged
 
 
 def error_of(**settings: object) -> float:
@@ -34,4 +35,11 @@ if __name__ == "__main__":
     with torch.no_grad():
         errors = {f"{tail} {mixing}": error_of(tail=tail, mixing=mixing) for tail, mixing in BOTH_TAILS_AND_MIXINGS}
         errors["masked, tiles"] = error_of(masked=True, exact_suffix=8, token_grid=(3, 8, 8))
+        # A tracer that takes the router, on a GPU whose kernel for it, a Gluon one, no package can hold nor run here.
+        with (
+            mock.patch.object(packaged, "ROUTER_IS_TRACEABLE", True),
+            mock.patch.object(gluon_choose, "capability", return_value=(9, 0)),
+            mock.patch.object(gluon_choose, "MIN_KEY_BLOCKS", 1),
+        ):
+            errors["router in Triton"] = error_of(tail="pooled", masked=True)
     print(json.dumps(errors))

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 
-def interpret(script: str, names: list[str], dtype: str) -> dict[str, dict[str, dict[str, float]]]:
-    """What a script of this folder prints as JSON for these cases in this dtype."""
+def interpret(script: str, names: list[str], *dtype: str) -> dict[str, Any]:
+    """What a script of this folder prints as JSON for these cases, and in this dtype where it asks for one."""
     path = Path(__file__).with_name(script)
-    command = [sys.executable, "-W", "ignore", str(path), json.dumps(names), dtype]
+    command = [sys.executable, "-W", "ignore", str(path), json.dumps(names), *dtype]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

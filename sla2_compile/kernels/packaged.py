@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import types
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -53,7 +54,9 @@ def forward(
     if settings.scale <= 0:
         raise NotImplementedError(f"scale: expected a positive number in a CUDA package, got {settings.scale}")
     sparse_lse, tail_lse, kept = empty_saved(q, k, settings)
-    route = traceable(triton_router.route) if ROUTER_IS_TRACEABLE else _route
+    route: Callable[..., Choice] = _route
+    if ROUTER_IS_TRACEABLE:
+        route = functools.partial(traceable(triton_router.route), gluon=False)
     inputs = traceable(cuda_forward.prepare)(
         q, k, v, attn_mask, proj_q, proj_k, alpha_logit, alpha_gain, kept, settings, route, copy_engine=False
     )

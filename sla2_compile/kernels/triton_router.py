@@ -1,6 +1,7 @@
 """The router on the GPU: float32 scores of block means, and the best key blocks of each query block.
 
-Deterministic: equal scores go to the lower index. Twin: `blocked_routing.route`.
+Deterministic: equal scores go to the lower index. Among many key blocks Hopper chooses with `gluon_choose.py`. Twin:
+`blocked_routing.route`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sla2_compile.kernels.blocks import num_blocks
+from sla2_compile.kernels.gluon_choose import choose_rows
 from sla2_compile.kernels.hardware import capability
 from sla2_compile.kernels.launch import launch
 from sla2_compile.kernels.launch_arguments import MAX_REGISTERS, next_power_of_two, padded_dim
@@ -20,8 +22,8 @@ from sla2_compile.kernels.settings import Settings
 
 # Part of the head dimension that a step of a float32 product takes.
 CHUNK = 32
-# Of a thread that chooses: as many rows as these allow share a multiprocessor.
-CHOOSE_REGISTERS = 96
+# Of a thread that chooses: as many rows as these allow share a multiprocessor. With a mask it would spill at 96.
+CHOOSE_REGISTERS, MASKED_CHOOSE_REGISTERS = 96, 128
 
 
 @triton.jit
@@ -207,6 +209,7 @@ def route(
     settings: Settings,
     *,
     masked: bool,
+    gluon: bool = True,
 ) -> Choice:
     """Choose the key blocks of each query block.
 
@@ -219,6 +222,7 @@ def route(
         q_len, kv_len: tokens.
         settings: the op's.
         masked: whether some keys may not be real.
+        gluon: whether a Gluon kernel may run.
     """
     (batch, heads, rows, dim), (_, key_heads, total, _) = q_bar.shape, k_bar.shape
     if proj_q is not None and proj_k is not None:
@@ -236,15 +240,32 @@ def route(
     bits = kept.new_empty(batch, heads, rows, words)
     num_nonempty = kept.new_empty(batch) if masked else None
     keys, queries = settings.exact_keys(kv_len), settings.exact_queries(q_len, kv_len)
-    block_t, slots = max(64, next_power_of_two(total)), kept.shape[3] - 1
+    limits = (keys.num_first, keys.last_start, queries.num_first, queries.last_start)
+    arguments = (scores, n, kept, bits, num_nonempty, limits)
+    if not (gluon and choose_rows(*arguments)):
+        choose(*arguments)
+    return Choice(bits, num_nonempty)
+
+
+def choose(
+    scores: Tensor,
+    n: Tensor,
+    kept: Tensor,
+    bits: Tensor,
+    num_nonempty: Tensor | None,
+    limits: tuple[int, int, int, int],
+) -> None:
+    """Choose on any GPU; `gluon_choose.choose_rows` says what the arguments are."""
+    (batch, heads, rows, total), slots = scores.shape, kept.shape[3] - 1
+    block_t = max(64, next_power_of_two(total))
     launch(
         _choose_kernel, (batch * heads * rows,),
-        scores, n, kept, bits, num_nonempty, heads, rows, total, slots, words, keys.num_first, keys.last_start,
-        queries.num_first, queries.last_start, BLOCK_T=block_t, SLOTS=next_power_of_two(slots),
+        scores, n, kept, bits, num_nonempty, heads, rows, total, slots, bits.shape[3], *limits,
+        BLOCK_T=block_t, SLOTS=next_power_of_two(slots),
         # Sums over a warp are one instruction, over several a wait for each other.
-        num_warps=min(8, max(1, block_t // 512)), maxnreg=CHOOSE_REGISTERS,
+        num_warps=min(8, max(1, block_t // 512)),
+        maxnreg=CHOOSE_REGISTERS if num_nonempty is None else MASKED_CHOOSE_REGISTERS,
     )  # fmt: skip
-    return Choice(bits, num_nonempty)
 
 
 def _project(q_bar: Tensor, k_bar: Tensor, proj_q: Tensor, proj_k: Tensor) -> tuple[Tensor, Tensor]:
