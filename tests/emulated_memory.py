@@ -111,11 +111,8 @@ class SharedMemory:
         return self._view(lambda plane: plane.view(list(shape)))
 
     def _reinterpret(self, dtype: Any, shape: Sequence[int], layout: Any) -> SharedMemory:
-        """The same bytes; of larger elements the first one's events stand for all."""
-        size = DTYPES[dtype].itemsize // self.planes[0].dtype.itemsize
-        flat = [plane.view(-1) for plane in self.planes]
-        planes = [flat[0].view(DTYPES[dtype]), *(plane[::size] for plane in flat[1:])]
-        return SharedMemory(self.machine, [plane.view(list(shape)) for plane in planes], layout)
+        assert dtype == self.dtype, "of another type: not emulated"
+        return self.reshape(shape)
 
     def load(self, layout: Any = None) -> Value:
         self.check_read(asynchronous=False)

@@ -59,7 +59,7 @@ def _block_of(kept_row, tile, count, T):
 
 @gluon.jit
 def write_tables(
-    turn, kept_ptr, k_scale_ptr, numbers, scales, first, H, GROUP, M, T, slots, num_blocks, MEANS: gl.constexpr
+    turn, kept_ptr, k_scale_ptr, numbers, scales, first, H, GROUP, M, T, slots, num_blocks
 ):  # fmt: skip
     """What the loop over a query block's tiles looks up: scales of all, and numbers of those this group fetches.
 
@@ -67,16 +67,13 @@ def write_tables(
         turn: which of the program's query blocks; there may be none.
         numbers: (32,) int16 in shared memory, for every second tile from `first` on.
         scales: (64,) float32 in shared memory.
-        MEANS: whether means' tiles follow the keys'.
 
     Returns:
         How many keys' tiles and how many tiles there are, and the key head's first block of codes.
     """
     head, m, _, _, kv_head = place_of(turn, H, GROUP, M)
     block = head * M + m
-    num_means = 0
-    if MEANS:
-        num_means = (T + 63) // 64
+    num_means = (T + 63) // 64
     kept_row = kept_ptr + block * (1 + slots)
     count = gl.load(kept_row, mask=block < num_blocks, other=0)
     num_tiles = gl.where(count == 0, 0, count + num_means)
@@ -108,26 +105,6 @@ def fetch(k_tiles, v_tiles, numbers, first_block, tile, step, k_smem, v_smem, fu
     mbarrier.expect(full.index(slot), k_tiles.block_type.nbytes + v_tiles.block_type.nbytes)
     tma.async_copy_global_to_shared(k_tiles, [block * 64, 0], full.index(slot), k_smem.index(slot))
     tma.async_copy_global_to_shared(v_tiles, [block * v_smem.shape[1], 0], full.index(slot), v_smem.index(slot))
-
-
-@gluon.jit
-def fetch_states(state_tiles, row, step, k_smem, v_smem, full, empty):
-    """Half of a query block's state H (64, D) from a row on, as tile number `step`: left of 64 columns, and right."""
-    STAGES: gl.constexpr = k_smem.shape[0]
-    slot = slot_of(step, STAGES)
-    left, right = states_in_slot(state_tiles, k_smem, v_smem, slot)
-    mbarrier.wait(empty.index(slot), phase_of(step, STAGES) ^ 1)
-    mbarrier.expect(full.index(slot), 2 * state_tiles.block_type.nbytes)
-    tma.async_copy_global_to_shared(state_tiles, [row, 0], full.index(slot), left)
-    tma.async_copy_global_to_shared(state_tiles, [row, 64], full.index(slot), right)
-
-
-@gluon.jit
-def states_in_slot(state_tiles, k_smem, v_smem, slot):
-    """Where a tile's keys and values otherwise are, the halves (64, 64) of half a state."""
-    left = k_smem.index(slot)._reinterpret(state_tiles.dtype, state_tiles.block_type.shape, state_tiles.layout)
-    right = v_smem.index(slot)._reinterpret(state_tiles.dtype, state_tiles.block_type.shape, state_tiles.layout)
-    return left, right
 
 
 @gluon.constexpr_function
