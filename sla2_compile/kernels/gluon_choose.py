@@ -117,8 +117,8 @@ def _write(kept_ptr, bits_ptr, t, chosen, rank, T, words, keeps_all):
 
 @gluon.jit
 def _choose_rows_kernel(
-    scores_ptr, n_ptr, kept_ptr, bits_ptr, num_nonempty_ptr, H, M, T, slots, words, first_key, last_key, first_row,
-    last_row, WORDS: gl.constexpr, MORE_WORDS: gl.constexpr, SLOTS: gl.constexpr,
+    scores_ptr, n_ptr, kept_ptr, bits_ptr, num_nonempty_ptr, H, M, T, pitch, slots, words, first_key, last_key,
+    first_row, last_row, WORDS: gl.constexpr, MORE_WORDS: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """Grid (B H M,): as `triton_router._choose_kernel`. n_ptr None: all blocks have real keys.
 
@@ -126,7 +126,7 @@ def _choose_rows_kernel(
     """
     layout: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [1, 1], [1, 0])
     row = gl.program_id(0).to(gl.int64)
-    scores_ptr += row * T
+    scores_ptr += row * pitch
     kept_ptr += row * (1 + slots)
     bits_ptr += row * words
     if n_ptr is not None:
@@ -207,14 +207,14 @@ def choose_rows(
     """Choose, and return True, or False where this kernel cannot or would be no quicker.
 
     Args:
-        scores: (B, H, M, T) float32.
+        scores: (B, H, M, T or more) float32.
         n: (B, T) float32 real tokens of each key block.
         kept: (B, H, M, 1 + slots) int32, written as `settings.empty_saved` describes.
         bits: (B, H, M, W) int32, written as `triton_router.Choice` describes.
         num_nonempty: (B,) int32, likewise; None: all blocks have a real key.
         limits: first and last of the key blocks, and of the query blocks, between which none is exact.
     """
-    (batch, heads, rows, T), slots = scores.shape, kept.shape[3] - 1
+    (batch, heads, rows, pitch), T, slots = scores.shape, n.shape[1], kept.shape[3] - 1
     words = bits.shape[3]
     if capability(scores.device)[0] != 9 or T < MIN_KEY_BLOCKS or words > MAX_WORDS:
         return False
@@ -223,8 +223,8 @@ def choose_rows(
     exact = limits if limits != (0, T, 0, rows) else (None,) * 4
     launch(
         _choose_rows_kernel, (batch * heads * rows,),
-        scores, None if num_nonempty is None else n, kept, bits, num_nonempty, heads, rows, T, slots, words, *exact,
-        WORDS=most, MORE_WORDS=more, SLOTS=max(32, next_power_of_two(slots)), num_warps=1,
+        scores, None if num_nonempty is None else n, kept, bits, num_nonempty, heads, rows, T, pitch, slots, words,
+        *exact, WORDS=most, MORE_WORDS=more, SLOTS=max(32, next_power_of_two(slots)), num_warps=1,
         maxnreg=REGISTERS if words <= FEW_WORDS else MAX_REGISTERS,
     )  # fmt: skip
     return True

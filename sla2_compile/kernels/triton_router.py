@@ -22,6 +22,8 @@ from sla2_compile.kernels.settings import Settings
 
 # Part of the head dimension that a step of a float32 product takes.
 CHUNK = 32
+# Rows of scores begin at multiples of so many numbers.
+ALIGNMENT = 16
 # Of a thread that chooses: as many rows as these allow share a multiprocessor. With a mask it would spill at 96.
 CHOOSE_REGISTERS, MASKED_CHOOSE_REGISTERS = 96, 128
 
@@ -54,10 +56,10 @@ def _project_kernel(
 
 @triton.jit
 def _scores_kernel(
-    q_ptr, k_ptr, scores_ptr, H, GROUP, M, T, scale,
+    q_ptr, k_ptr, scores_ptr, H, GROUP, M, T, pitch, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B H, M / ROWS, T / KEYS): scale * q_bar k_bar^T."""
+    """Grid (B H, M / ROWS, T / KEYS): scale * q_bar k_bar^T, in rows that begin `pitch` numbers apart."""
     head = tl.program_id(0).to(tl.int64)
     kv_head = head // H * (H // GROUP) + head % H // GROUP
     m = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -70,8 +72,9 @@ def _scores_kernel(
         q = tl.load(q_ptrs, mask=(m < M)[:, None] & (d < D)[None, :], other=0.0)
         k = tl.load(k_ptrs + d[:, None], mask=(t < T)[None, :] & (d < D)[:, None], other=0.0)
         scores = tl.dot(q, k, scores, input_precision="tf32x3")
-    ptrs = scores_ptr + (head * M + m)[:, None] * T + t[None, :]
-    tl.store(ptrs, scores * scale, mask=(m < M)[:, None] & (t < T)[None, :])
+    ptrs = scores_ptr + (head * M + m)[:, None] * pitch + t[None, :]
+    # Up to the pitch: where that is known to be a multiple of 16, a thread's neighbours leave together.
+    tl.store(ptrs, scores * scale, mask=(m < M)[:, None] & (t < pitch)[None, :])
 
 
 @triton.jit
@@ -134,8 +137,8 @@ def _reached_by(codes, slots, T, num_exact, lowest, highest):
 
 @triton.jit
 def _choose_kernel(
-    scores_ptr, n_ptr, kept_ptr, bits_ptr, num_nonempty_ptr, H, M, T, slots, words, first_key, last_key, first_row,
-    last_row, BLOCK_T: tl.constexpr, SLOTS: tl.constexpr,
+    scores_ptr, n_ptr, kept_ptr, bits_ptr, num_nonempty_ptr, H, M, T, pitch, slots, words, first_key, last_key,
+    first_row, last_row, BLOCK_T: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Grid (B H M,): count and ascending indices of the chosen key blocks, and the same as a bit mask.
 
@@ -149,7 +152,7 @@ def _choose_kernel(
     WORDS: tl.constexpr = BLOCK_T // 32
     word, place = tl.arange(0, WORDS), tl.arange(0, 32)
     t = word[:, None] * 32 + place[None, :]
-    score = tl.load(scores_ptr + row * T + t, mask=t < T, other=0.0) + 0.0  # turns -0.0 into 0.0
+    score = tl.load(scores_ptr + row * pitch + t, mask=t < T, other=0.0) + 0.0  # turns -0.0 into 0.0
     # In any order: then a thread has its own elements first.
     lowest = tl.min(tl.reshape(tl.where(t < T, score, float("inf")), [BLOCK_T], can_reorder=True), 0)
     highest = tl.max(tl.reshape(tl.where(t < T, score, float("-inf")), [BLOCK_T], can_reorder=True), 0)
@@ -227,11 +230,12 @@ def route(
     (batch, heads, rows, dim), (_, key_heads, total, _) = q_bar.shape, k_bar.shape
     if proj_q is not None and proj_k is not None:
         q_bar, k_bar = _project(q_bar, k_bar, proj_q, proj_k)
-    scores = q_bar.new_empty(batch, heads, rows, total)
+    pitch = ALIGNMENT * num_blocks(total, ALIGNMENT)
+    scores = q_bar.new_empty(batch, heads, rows, pitch)
     tile = 64
     launch(
         _scores_kernel, (batch * heads, num_blocks(rows, tile), num_blocks(total, tile)),
-        q_bar, k_bar, scores, heads, heads // key_heads, rows, total, settings.scale,
+        q_bar, k_bar, scores, heads, heads // key_heads, rows, total, pitch, settings.scale,
         D=dim, BLOCK_D=padded_dim(dim), ROWS=tile, KEYS=tile, CHUNK=min(CHUNK, padded_dim(dim)), num_warps=4,
         # Only Hopper fits without being told.
         maxnreg=None if capability(q_bar.device)[0] == 9 else MAX_REGISTERS,
@@ -256,11 +260,11 @@ def choose(
     limits: tuple[int, int, int, int],
 ) -> None:
     """Choose on any GPU; `gluon_choose.choose_rows` says what the arguments are."""
-    (batch, heads, rows, total), slots = scores.shape, kept.shape[3] - 1
+    (batch, heads, rows, pitch), total, slots = scores.shape, n.shape[1], kept.shape[3] - 1
     block_t = max(64, next_power_of_two(total))
     launch(
         _choose_kernel, (batch * heads * rows,),
-        scores, n, kept, bits, num_nonempty, heads, rows, total, slots, bits.shape[3], *limits,
+        scores, n, kept, bits, num_nonempty, heads, rows, total, pitch, slots, bits.shape[3], *limits,
         BLOCK_T=block_t, SLOTS=next_power_of_two(slots),
         # Sums over a warp are one instruction, over several a wait for each other.
         num_warps=min(8, max(1, block_t // 512)),
