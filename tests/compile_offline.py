@@ -56,11 +56,11 @@ FORMATS = {80: {"int8"}, 86: {"int8"}} | {arch: {"int8", "fp8"} for arch in (89,
 # Their registers are divided among groups of warps by hand, so a block's scalars, used outside their loops, may be in
 # local memory; every other kernel has no stack.
 DIVIDE_REGISTERS = (
-    "gluon_fp8_attention.fp8_attention_kernel",
     "gluon_attention.attention_kernel",
     "gluon_backward_keys.keys_kernel",
     "gluon_backward_queries.queries_kernel",
     "gluon_backward_tail.tail_kernel",
+    "gluon_fp8_attention.fp8_attention_kernel",
     "gluon_tail_sums.tail_sums_kernel",
 )
 # So many programs of these are meant to share a multiprocessor, whose shared memory is 228 KB, 1 KB a program apart.

@@ -39,6 +39,9 @@ def forward_errors(case: cases.Case, p: cases.Problem, *, repeat: bool) -> dict[
         again = cuda_forward.forward(*p.forward_arguments, True, case.settings)
         assert all(torch.equal(x, y) for x, y in zip(found, again, strict=True))
     unsaved = cuda_forward.forward(*p.forward_arguments, False, case.settings)
+    if repeat:
+        again = cuda_forward.forward(*p.forward_arguments, False, case.settings)
+        assert all(torch.equal(x, y) for x, y in zip(unsaved, again, strict=True))
     assert torch.equal(unsaved[4], found[4])
     assert unsaved[1].numel() == 0
     assert not unsaved[2].any()

@@ -118,14 +118,9 @@ def test_at_a_video_s_length_hopper_s_kernels_agree_with_triton_s(
 def test_two_programs_a_multiprocessor_attend_in_fp8_as_float64_does(name: str, dtype: torch.dtype) -> None:
     from forward_checks import forward_errors
 
-    from sla2_compile.kernels import cuda_forward
-
     case = dataclasses.replace(FP8_CASES[name], dtype=dtype)
-    p = problem(case, "cuda")
     with poisoned_memory():
-        found, again = (cuda_forward.forward(*p.forward_arguments, False, case.settings)[0] for _ in range(2))
-        errors = forward_errors(case, p, repeat=False)
-    assert torch.equal(found, again)
+        errors = forward_errors(case, problem(case, "cuda"), repeat=True)
     # What is saved for a backward comes from another kernel.
     del errors["rounded"]
     check(case, errors, name)

@@ -16,10 +16,12 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from sla2_compile.kernels.attention_stage import AttentionInputs, Outputs
 from sla2_compile.kernels.blocks import num_blocks
+from sla2_compile.kernels.gluon_attention import MAX_TILES_IN_TENSOR_CORES
 from sla2_compile.kernels.gluon_codes import to_codes
 from sla2_compile.kernels.gluon_feature_map import LOG2_E
 from sla2_compile.kernels.gluon_fp8_stream import (
     MAX_TILES,
+    PLACES,
     TABLE_LAYOUT,
     attend_to_tiles,
     fetch,
@@ -132,6 +134,7 @@ def _attend(
             fetch(k_tiles, v_tiles, numbers, first_block, own, step + own, k_smem, v_smem, full, empty)
         wide_head, m, b, h, kv_head = place_of(_another(turn), H, GROUP, M)
         first_row = m * 128 + part * 64
+        # Not by `channels`: to move them between threads takes shared memory, of which nothing is left.
         channel = gl.arange(0, D, layout=gl.SliceLayout(0, o_layout))
         v_scale = gl.load(v_scale_ptr + kv_head * D + channel)
         share = 1 / row_totals(total, gl.SliceLayout(1, o_layout))
@@ -142,8 +145,8 @@ def _attend(
         )  # fmt: skip
         if sparse_lse_ptr is not None:
             # Nobody reads them where nothing is saved.
-            row = m * 128 + gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
-            zeros = (row * 0).to(gl.float32)
+            row = m * 128 + gl.arange(0, 128, layout=PLACES)
+            zeros = gl.zeros([128], gl.float32, layout=PLACES)
             gl.store(sparse_lse_ptr + wide_head * N + row, zeros, mask=row < N)
             gl.store(tail_lse_ptr + wide_head * N + row, zeros, mask=row < N)
     tma.store_wait(0)
@@ -201,7 +204,7 @@ def _is_eligible(outputs: Outputs, inputs: AttentionInputs, settings: Settings) 
     num_tiles = slots + num_blocks(inputs.statistics.n.shape[1], BLOCK_K)
     return (
         suits_hopper(q, settings) and q.shape[3] == DIM and inputs.has_tail and one_softmax and plain
-        and codes.has_means_values and exact.count == 0 and num_tiles <= MAX_TILES
+        and codes.has_means_values and exact.count == 0 and num_tiles <= min(MAX_TILES, MAX_TILES_IN_TENSOR_CORES)
     )  # fmt: skip
 
 

@@ -23,23 +23,24 @@ from sla2_compile.kernels.gluon_stream import (
     left_operand,
     mask_means,
     mask_short,
+    max_in_thread,
     out_layout,
     scores_layout,
     shrink_assembly,
     shrink_constraints,
+    sum_in_thread,
     to_operand,
 )
 from sla2_compile.kernels.gluon_tiles import phase_of, slot_of
 
-# Of a query block: as many as the tables have places for, and not too many for sums of FP8 products, of which tensor
-# cores cut off up to 2^-13 at each addition.
+# Of a query block: the tables have places for no more.
 MAX_TILES = 64
 # By so many powers of two a score may exceed the peak before that is raised. Weights that are 0 then may be 2^-15.8 of
 # the largest, in place of 2^-17.8; but of normal scores 8 % of a warp's steps raise a peak and not 27 %.
 HEADROOM = gl.constexpr(2)
 # Of tables in shared memory.
 TABLE_LAYOUT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
-_PLACES = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+PLACES = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 _SHIFT = gl.constexpr(math.log2(TOP_CODE.value) - HEADROOM.value)
 
 
@@ -80,10 +81,10 @@ def write_tables(
     first_block = kv_head * (T + num_means)
     # Until all warps are done with the tables.
     group_barrier()
-    tile = gl.arange(0, 64, layout=_PLACES)
+    tile = gl.arange(0, 64, layout=PLACES)
     number = _block_of(kept_row, tile, count, T)
     scales.store(gl.load(k_scale_ptr + first_block + number, mask=tile < num_tiles, other=0.0))
-    own = first + 2 * gl.arange(0, 32, layout=_PLACES)
+    own = first + 2 * gl.arange(0, 32, layout=PLACES)
     numbers.store(_block_of(kept_row, own, count, T).to(gl.int16))
     return count, num_tiles, first_block.to(gl.int32)
 
@@ -92,7 +93,7 @@ def write_tables(
 def _entry(table, place):
     """A number of a table in shared memory, by all threads."""
     alone = table._reinterpret(table.dtype, [table.shape[0], 1], TABLE_LAYOUT).index(place)
-    return gl.sum(alone.load(_PLACES), 0)
+    return gl.sum(alone.load(PLACES), 0)
 
 
 @gluon.jit
@@ -167,14 +168,13 @@ def _softmax(scores, peak, total, factor, bias):
     Peaks and totals are (64, 4): of a row a thread has its own total, and the same peak as the other three.
     """
     layout: gl.constexpr = peak.type.layout
-    pairs = gl.max(gl.reshape(scores, [64, 2, 4, 4, 2]), 4)
-    largest = gl.convert_layout(gl.max(gl.max(pairs, 2), 1), layout) * factor + bias
+    largest = gl.convert_layout(max_in_thread(scores), layout) * factor + bias
     peak, shrinks = _raise_peak(largest, peak)
     wide = gl.reshape(scores, [64, 8, 4, 2])
     wide_layout: gl.constexpr = wide.type.layout
     weights = gl.exp2(wide * factor - _for_columns(peak - (bias + _SHIFT), wide_layout))
-    total = total * shrinks + gl.convert_layout(gl.sum(gl.sum(weights, 3), 1), layout)
-    return gl.convert_layout(gl.reshape(weights, [64, 64]), scores.type.layout), peak, total, shrinks
+    weights = gl.convert_layout(gl.reshape(weights, [64, 64]), scores.type.layout)
+    return weights, peak, total * shrinks + sum_in_thread(weights), shrinks
 
 
 @gluon.jit

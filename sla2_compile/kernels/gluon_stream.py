@@ -74,11 +74,17 @@ def sum_in_thread(weights):
 
 
 @gluon.jit
-def _row_maximum(scores):
-    """(64,) maxima of rows, in five steps a thread: one maximum over all columns is compiled to a chain of 15."""
-    layout: gl.constexpr = gl.SliceLayout(1, scores.type.layout)
+def max_in_thread(scores):
+    """Maxima (64, 4) likewise, in four steps: one maximum over all columns is compiled to a chain of 15."""
     pairs = gl.max(gl.reshape(scores, [ROWS, 2, 4, 4, 2]), 4)
-    return gl.convert_layout(gl.max(gl.max(gl.max(pairs, 2), 1), 1), layout)
+    return gl.max(gl.max(pairs, 2), 1)
+
+
+@gluon.jit
+def _row_maximum(scores):
+    """(64,) maxima of rows."""
+    layout: gl.constexpr = gl.SliceLayout(1, scores.type.layout)
+    return gl.convert_layout(gl.max(max_in_thread(scores), 1), layout)
 
 
 @gluon.jit
