@@ -23,12 +23,13 @@ from sla2_compile.kernels.gluon_fp8_stream import (
     MAX_TILES,
     PLACES,
     TABLE_LAYOUT,
+    another,
     attend_to_tiles,
     fetch,
     place_of,
     write_tables,
 )
-from sla2_compile.kernels.gluon_stream import MEAN_BIAS, out_layout, row_totals, scores_layout, sum_in_thread
+from sla2_compile.kernels.gluon_stream import MEAN_BIAS, out_layout, scores_layout, sum_in_thread
 from sla2_compile.kernels.gluon_tiles import (
     BLOCK_K,
     HALF_REGISTERS,
@@ -49,12 +50,8 @@ DIM = 128
 # Of the rings: queries and their codes leave room for no more.
 STAGES = 4
 _REGISTERS = gl.constexpr(HALF_REGISTERS)
-
-
-@gluon.jit
-def _another(x):
-    """`x`, but to the compiler another number: what is computed from it again is not held in registers meanwhile."""
-    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+ONES_LAYOUT = gl.constexpr(gl.NVMMASharedLayout.get_default_for([8, 64], gl.float8e4nv))
+_ONES_IN_REGISTERS = gl.constexpr(gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0]))
 
 
 @gluon.jit
@@ -105,6 +102,9 @@ def _attend(
             short_size = gl.where(is_kept == 1, last_size, 64)
         mbarrier.wait(q_full, turn & 1)
         q_smem.store(to_codes(rows_smem.load(row_layout(D)).to(gl.float32), q_scale, q_smem.dtype))
+        # Where the queries were, until the output comes there.
+        ones = rows_smem._reinterpret(q_smem.dtype, [8, 64], ONES_LAYOUT)
+        ones.store(gl.full([8, 64], 1.0, gl.float32, layout=_ONES_IN_REGISTERS).to(q_smem.dtype))
         fence_async_shared()
         mbarrier.wait(full.index(slot_of(step, STAGES)), phase_of(step, STAGES))
         acc = gl.zeros([64, D], gl.float32, layout=o_layout)
@@ -112,14 +112,14 @@ def _attend(
         peak = total - float("inf")
         factor = scale * LOG2_E * q_scale
         acc, peak, total, step = attend_to_tiles(
-            part, acc, peak, total, step, 0, count, num_tiles, q_smem, k_smem, v_smem, full, empty, k_tiles, v_tiles,
-            numbers, first_block, scales, factor, bias, None, T, short_size, 0.0, False, RAGGED,
+            part, acc, peak, total, step, 0, count, num_tiles, q_smem, ones, k_smem, v_smem, full, empty, k_tiles,
+            v_tiles, numbers, first_block, scales, factor, bias, None, T, short_size, 0.0, False, RAGGED,
         )  # fmt: skip
         if logit_ptr is not None:
             acc, total = acc * fraction, total * fraction
         acc, peak, total, step = attend_to_tiles(
-            part, acc, peak, total, step, count, num_tiles, num_tiles, q_smem, k_smem, v_smem, full, empty, k_tiles,
-            v_tiles, numbers, first_block, scales, factor, MEAN_BIAS, words_ptr - 2 * count, T, short_size, last_bias,
+            part, acc, peak, total, step, count, num_tiles, num_tiles, q_smem, ones, k_smem, v_smem, full, empty,
+            k_tiles, v_tiles, numbers, first_block, scales, factor, MEAN_BIAS, words_ptr, T, short_size, last_bias,
             True, RAGGED,
         )  # fmt: skip
         # Of the next two tiles, which is this group's to fetch.
@@ -132,12 +132,12 @@ def _attend(
         )  # fmt: skip
         if own < num_tiles:
             fetch(k_tiles, v_tiles, numbers, first_block, own, step + own, k_smem, v_smem, full, empty)
-        wide_head, m, b, h, kv_head = place_of(_another(turn), H, GROUP, M)
+        wide_head, m, b, h, kv_head = place_of(another(turn), H, GROUP, M)
         first_row = m * 128 + part * 64
         # Not by `channels`: to move them between threads takes shared memory, of which nothing is left.
         channel = gl.arange(0, D, layout=gl.SliceLayout(0, o_layout))
         v_scale = gl.load(v_scale_ptr + kv_head * D + channel)
-        share = 1 / row_totals(total, gl.SliceLayout(1, o_layout))
+        share = gl.convert_layout(1 / gl.max(total, 1), gl.SliceLayout(1, o_layout))
         acc = acc * v_scale[None, :] * share[:, None]
         write_rows(
             out_tiles, out_ptr, None, acc.to(q_tiles.dtype), rows_smem, b * out_rows + h * out_head_rows,

@@ -16,19 +16,18 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
+from sla2_compile.kernels.gluon_codes import in_stored_order
 from sla2_compile.kernels.gluon_stream import (
     SMALLEST_FACTOR,
     TOP_CODE,
     group_barrier,
     left_operand,
-    mask_means,
     mask_short,
     max_in_thread,
     out_layout,
     scores_layout,
     shrink_assembly,
     shrink_constraints,
-    sum_in_thread,
     to_operand,
 )
 from sla2_compile.kernels.gluon_tiles import phase_of, slot_of
@@ -42,6 +41,22 @@ HEADROOM = gl.constexpr(2)
 TABLE_LAYOUT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 PLACES = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 _SHIFT = gl.constexpr(math.log2(TOP_CODE.value) - HEADROOM.value)
+# PTX that makes a word of four FP8 codes of float32, and keeps of them the bits that are not set in another word.
+MASKED_FP8_WORD = gl.constexpr("""{
+.reg .b16 low, high;
+.reg .b32 word, kept;
+cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
+cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
+mov.b32 word, {low, high};
+not.b32 kept, $5;
+and.b32 $0, word, kept;
+}""")
+
+
+@gluon.jit
+def another(x):
+    """`x`, but to the compiler another number: what is computed from it again is not held in registers meanwhile."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -109,15 +124,34 @@ def fetch(k_tiles, v_tiles, numbers, first_block, tile, step, k_smem, v_smem, fu
 
 
 @gluon.constexpr_function
-def _raise_assembly(headroom):
+def _largest_assembly(row, means):
+    """PTX: in x the largest score of a thread's row; of means that of blocks which are not kept."""
+    if not means:
+        return f"mov.f32 x, ${4 + row};"
+    columns = "\n".join(
+        f"""
+        and.b32 bit, ${8 + 2 * (column // 8)}, {1 << (8 * (column // 2 % 4) + column % 2)};
+        setp.eq.u32 tail, bit, 0;
+        @tail max.f32 x, x, ${16 + 2 * column + row};"""
+        for column in range(16)
+    )
+    return f"""
+        mov.f32 x, 0fFF800000;
+        {columns}
+        fma.rn.f32 x, x, $12, $14;"""
+
+
+@gluon.constexpr_function
+def _raise_assembly(headroom, means):
     """PTX: peaks of a thread's two rows, raised where they must be, and what sums up to here shrink by.
 
-    A warp none of whose scores is too large looks at no other thread's.
+    A warp none of whose scores is too large looks at no other thread's, nor at which means are those of kept blocks.
     """
     rows = "\n".join(
         f"""
-        shfl.sync.bfly.b32 y, ${4 + row}, 2, 0x1f, 0xffffffff;
-        max.f32 x, y, ${4 + row};
+        {_largest_assembly(row, means)}
+        shfl.sync.bfly.b32 y, x, 2, 0x1f, 0xffffffff;
+        max.f32 x, x, y;
         shfl.sync.bfly.b32 y, x, 1, 0x1f, 0xffffffff;
         max.f32 x, x, y;
         cvt.rpi.f32.f32 x, x;
@@ -129,18 +163,21 @@ def _raise_assembly(headroom):
         for row in range(2)
     )
     return f"""{{
-    .reg .pred above, any;
+    .reg .pred above, any, tail;
     .reg .f32 x, y;
-    mov.f32 $0, $6;
-    mov.f32 $1, $7;
-    mov.f32 $2, 0f3F800000;
-    mov.f32 $3, 0f3F800000;
+    .reg .b32 bit;
     add.f32 x, $6, {headroom}.0;
     setp.gt.f32 above, $4, x;
     add.f32 x, $7, {headroom}.0;
     setp.gt.or.f32 above, $5, x, above;
     vote.sync.any.pred any, above, 0xffffffff;
-    @!any bra done;
+    @any bra raise;
+    mov.f32 $0, $6;
+    mov.f32 $1, $7;
+    mov.f32 $2, 0f3F800000;
+    mov.f32 $3, 0f3F800000;
+    bra done;
+    raise:
     {rows}
     done:
     }}"""
@@ -149,10 +186,52 @@ def _raise_assembly(headroom):
 @gluon.jit
 def _raise_peak(largest, peak):
     """(64, 4) peaks, whole numbers, and 2^(old - new), from (64, 4) largest scores of each thread's columns."""
-    ASSEMBLY: gl.constexpr = _raise_assembly(HEADROOM)
+    ASSEMBLY: gl.constexpr = _raise_assembly(HEADROOM, False)
     return gl.inline_asm_elementwise(
         ASSEMBLY, "=&f,=&f,=&f,=&f,f,f,f,f", [largest, peak], dtype=(gl.float32, gl.float32), is_pure=False, pack=2
     )
+
+
+@gluon.jit
+def _in_two(x, layout: gl.constexpr):
+    """(64, N, 4) as (64, N / 2, 4) twice, for N = 2 as (64, 4) in a layout: the first half of N and the second."""
+    HALF: gl.constexpr = x.shape[1] // 2
+    first, second = gl.split(gl.permute(gl.reshape(x, [64, 2, HALF, 4]), (0, 2, 3, 1)))
+    if HALF == 1:
+        first, second = gl.reshape(first, [64, 4]), gl.reshape(second, [64, 4])
+        first, second = gl.convert_layout(first, layout), gl.convert_layout(second, layout)
+    return first, second
+
+
+@gluon.jit
+def _raise_peak_of_means(scores, largest, peak, low, high, factor, bias):
+    """As `_raise_peak`, of scores (64, 64) but those of means whose bits in the two words are set.
+
+    largest: with theirs.
+    """
+    layout: gl.constexpr = peak.type.layout
+    ASSEMBLY: gl.constexpr = _raise_assembly(HEADROOM, True)
+    CONSTRAINTS: gl.constexpr = "=&f,=&f,=&f,=&f,f,f,f,f,r,r,r,r" + ",f" * 36
+    even, odd = gl.split(gl.reshape(scores, [64, 8, 4, 2]))
+    a, b = _in_two(even, layout)
+    c, d = _in_two(odd, layout)
+    e0, e1 = _in_two(a, layout)
+    e2, e3 = _in_two(b, layout)
+    o0, o1 = _in_two(c, layout)
+    o2, o3 = _in_two(d, layout)
+    x0, x2 = _in_two(e0, layout)
+    x4, x6 = _in_two(e1, layout)
+    x8, x10 = _in_two(e2, layout)
+    x12, x14 = _in_two(e3, layout)
+    x1, x3 = _in_two(o0, layout)
+    x5, x7 = _in_two(o1, layout)
+    x9, x11 = _in_two(o2, layout)
+    x13, x15 = _in_two(o3, layout)
+    return gl.inline_asm_elementwise(
+        ASSEMBLY, CONSTRAINTS,
+        [largest, peak, low, high, factor, bias, x0, x1, x2, x3, x4, x5, x6, x7, x8, x9, x10, x11, x12, x13, x14, x15],
+        dtype=(gl.float32, gl.float32), is_pure=False, pack=2,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -162,19 +241,56 @@ def _for_columns(x, wide_layout: gl.constexpr):
 
 
 @gluon.jit
-def _softmax(scores, peak, total, factor, bias):
-    """One step of an online softmax in base 2: weights (64, 64), the peak, the total, what sums shrink by.
+def _softmax(scores, peak, low, high, factor, bias, MEANS: gl.constexpr):
+    """One step of an online softmax in base 2: weights (64, 64), of kept blocks' means too, peaks, what sums shrink by.
 
-    Peaks and totals are (64, 4): of a row a thread has its own total, and the same peak as the other three.
+    Peaks are (64, 4), of a row the same ones in its four threads.
     """
     layout: gl.constexpr = peak.type.layout
     largest = gl.convert_layout(max_in_thread(scores), layout) * factor + bias
-    peak, shrinks = _raise_peak(largest, peak)
+    if MEANS:
+        peak, shrinks = _raise_peak_of_means(scores, largest, peak, low, high, factor, bias)
+    else:
+        peak, shrinks = _raise_peak(largest, peak)
     wide = gl.reshape(scores, [64, 8, 4, 2])
     wide_layout: gl.constexpr = wide.type.layout
     weights = gl.exp2(wide * factor - _for_columns(peak - (bias + _SHIFT), wide_layout))
-    weights = gl.convert_layout(gl.reshape(weights, [64, 64]), scores.type.layout)
-    return weights, peak, total * shrinks + sum_in_thread(weights), shrinks
+    return gl.convert_layout(gl.reshape(weights, [64, 64]), scores.type.layout), peak, shrinks
+
+
+@gluon.jit
+def _own_bits(word, peak):
+    """(64, 4) words like `peak`, a thread's columns' bits first of every eight: those of 8 i and 8 i + 1."""
+    thread = gl.arange(0, 4, layout=gl.SliceLayout(0, peak.type.layout))
+    bits, _ = gl.broadcast((word >> (2 * thread))[None, :], peak)
+    return bits
+
+
+@gluon.jit
+def _weights_of_tail(weights, low, high):
+    """`weights` (64, 64) as codes in stored order, 0 where they are of means of kept blocks."""
+    wide = gl.reshape(weights, [64, 8, 4, 2])
+    wide_layout: gl.constexpr = wide.type.layout
+    of_column: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, wide_layout)))
+    column = gl.arange(0, 8, layout=of_column)[None, :, None, None]
+    word = gl.where(column < 4, _for_columns(low, wide_layout), _for_columns(high, wide_layout))
+    # Of four codes in a word, even columns' bits as the uppermost of its bytes, odd ones' of another's.
+    which = gl.where((column & 2) == 0, 0xD9C8, 0xFBEA)
+    kept = gl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [word << 7, word << 6, which], dtype=gl.int32, is_pure=True, pack=1
+    )
+    _, kept = gl.broadcast(wide, kept)
+    return gl.convert_layout(gl.reshape(kept, [64, 64]), weights.type.layout)
+
+
+@gluon.jit
+def _to_operand_of_tail(weights, low, high, layout: gl.constexpr):
+    """As `to_operand`, 0 for means of kept blocks, whose bits in words (64, 4) are set; see `_own_bits`."""
+    words = gl.convert_layout(in_stored_order(_weights_of_tail(weights, low, high)), layout)
+    weights = gl.convert_layout(in_stored_order(weights), layout)
+    return gl.inline_asm_elementwise(
+        MASKED_FP8_WORD, "=r,r,r,r,r,r,r,r,r", [weights, words], dtype=gl.float8e4nv, is_pure=True, pack=4
+    )
 
 
 @gluon.jit
@@ -205,8 +321,8 @@ def _weigh_last(scores, factor, place, last_bias):
 
 @gluon.jit
 def attend_to_tiles(
-    part: gl.constexpr, acc, peak, total, step, first, last, num_tiles, q_smem, k_smem, v_smem, full, empty, k_tiles,
-    v_tiles, numbers, first_block, scales, factor, bias, words_ptr, T, short_size, last_bias, MEANS: gl.constexpr,
+    part: gl.constexpr, acc, peak, total, step, first, last, num_tiles, q_smem, ones, k_smem, v_smem, full, empty,
+    k_tiles, v_tiles, numbers, first_block, scales, factor, bias, words_ptr, T, short_size, last_bias, MEANS: gl.constexpr,
     RAGGED: gl.constexpr,
 ):  # fmt: skip
     """Attend to a query block's tiles `first` to `last`, which is the next one, of `num_tiles`.
@@ -214,13 +330,14 @@ def attend_to_tiles(
     Args:
         part: which of the program's two groups.
         acc: (64, D) float32 sums of weights times values.
-        peak, total: (64, 4) float32, see `_softmax`.
+        peak, total: (64, 4) float32, of a row the same in its four threads.
         step: how many tiles came before, all query blocks together; the next one has been waited for.
         q_smem: (64, D) queries' codes.
+        ones: (8, 64), of codes.
         numbers, scales, first_block: see `write_tables`.
         factor: what makes of a product of codes a score in base 2, but for the keys' scale.
         bias: a whole number, added to scores in base 2.
-        words_ptr: for MEANS, the words of the block mask, those of tile i at 2 i.
+        words_ptr: for MEANS, the words of the block mask.
         short_size: keys of the first tile, fewer than 64 if it is the last, short block.
         last_bias: what the mean of the last key block weighs less than others', in base 2.
 
@@ -230,13 +347,16 @@ def attend_to_tiles(
     STAGES: gl.constexpr = k_smem.shape[0]
     s_layout: gl.constexpr = scores_layout(1)
     p_layout: gl.constexpr = left_operand(out_layout(q_smem.shape[1], 1), 1)
-    low, high = 0, 0
+    sums_layout: gl.constexpr = out_layout(8, 1)
+    sums_p_layout: gl.constexpr = left_operand(sums_layout, 1)
+    low, high = _own_bits(0, peak), _own_bits(0, peak)
     for i in range(first, last):
         slot = slot_of(step, STAGES)
         zeros = gl.zeros([64, 64], gl.float32, layout=s_layout)
         token = warpgroup_mma(q_smem, k_smem.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
         if MEANS:
-            low, high = gl.load(words_ptr + 2 * i), gl.load(words_ptr + 2 * i + 1)
+            tile_words = words_ptr + another(2 * (i - first))
+            low, high = _own_bits(gl.load(tile_words), peak), _own_bits(gl.load(tile_words + 1), peak)
         # While the scores are multiplied.
         if (step + part) & 1 == 0:
             # The tile before was the other group's to fetch.
@@ -248,19 +368,27 @@ def attend_to_tiles(
         tile_factor = gl.maximum(factor * _entry(scales, i), SMALLEST_FACTOR)
         # Loops that run once or not at all: of a branch the assembler makes instructions that all tiles execute.
         if MEANS:
-            scores = mask_means(scores, low, high)
             if RAGGED:
                 for _ in range(gl.where(i == last - 1, 1, 0)):
-                    scores = _weigh_last(scores, tile_factor, (T - 1) & 63, last_bias)
+                    scores = _weigh_last(scores, tile_factor, another((T - 1) & 63), last_bias)
         elif RAGGED:
             for _ in range(gl.where((i == 0) & (short_size < 64), 1, 0)):
                 scores = mask_short(scores, short_size)
-        weights, peak, total, shrinks = _softmax(scores, peak, total, tile_factor, bias)
+        weights, peak, shrinks = _softmax(scores, peak, low, high, tile_factor, bias, MEANS)
         acc = _shrink(acc, shrinks)
-        probs = to_operand(weights, v_smem.dtype, p_layout)
+        if MEANS:
+            probs = _to_operand_of_tail(weights, low, high, p_layout)
+        else:
+            probs = to_operand(weights, v_smem.dtype, p_layout)
+        # The same in all columns, and of this tile alone: next to a large sum tensor cores cut small weights off.
+        none = gl.zeros([64, 8], gl.float32, layout=sums_layout)
+        weights_again = gl.convert_layout(probs, sums_p_layout)
+        sums = warpgroup_mma(weights_again, ones.permute((1, 0)), none, use_acc=False, is_async=True)
         token = warpgroup_mma(probs, v_smem.index(slot).permute((1, 0)), acc, is_async=True)
         step += 1
         if i + 1 < num_tiles:
             mbarrier.wait(full.index(slot_of(step, STAGES)), phase_of(step, STAGES))
-        acc = warpgroup_mma_wait(0, deps=[token])
+        acc, sums = warpgroup_mma_wait(0, deps=[token, sums])
+        in_column, _ = gl.split(gl.reshape(sums, [64, 4, 2]))
+        total = total * shrinks + gl.convert_layout(in_column, total.type.layout)
     return acc, peak, total, step
