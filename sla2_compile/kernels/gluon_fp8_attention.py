@@ -29,7 +29,7 @@ from sla2_compile.kernels.gluon_fp8_stream import (
     place_of,
     write_tables,
 )
-from sla2_compile.kernels.gluon_stream import MEAN_BIAS, out_layout, scores_layout, sum_in_thread
+from sla2_compile.kernels.gluon_stream import MEAN_BIAS, group_barrier, out_layout, scores_layout, sum_in_thread
 from sla2_compile.kernels.gluon_tiles import (
     BLOCK_K,
     HALF_REGISTERS,
@@ -107,6 +107,8 @@ def _attend(
         ones.store(gl.full([8, 64], 1.0, gl.float32, layout=_ONES_IN_REGISTERS).to(q_smem.dtype))
         fence_async_shared()
         mbarrier.wait(full.index(slot_of(step, STAGES)), phase_of(step, STAGES))
+        # Here, once: the compiler would put it into the loops.
+        group_barrier()
         acc = gl.zeros([64, D], gl.float32, layout=o_layout)
         total = sum_in_thread(gl.zeros([64, 64], gl.float32, layout=scores_layout(1)))
         peak = total - float("inf")
