@@ -111,8 +111,14 @@ class SharedMemory:
         return self._view(lambda plane: plane.view(list(shape)))
 
     def _reinterpret(self, dtype: Any, shape: Sequence[int], layout: Any) -> SharedMemory:
-        assert dtype == self.dtype, "of another type: not emulated"
-        return self.reshape(shape)
+        """The first bytes as another type; where an element was several, their events are those of one."""
+        size = [int(x) for x in shape]
+        ratio = self.planes[0].dtype.itemsize // DTYPES[dtype].itemsize
+        assert ratio >= 1, "larger elements than before: not emulated"
+        data, *events = (plane.reshape(-1) for plane in self.planes)
+        data = data.view(DTYPES[dtype])[: math.prod(size)].view(size)
+        size[-1] //= ratio
+        return SharedMemory(self.machine, [data, *(x[: math.prod(size)].view(size) for x in events)], layout)
 
     def load(self, layout: Any = None) -> Value:
         self.check_read(asynchronous=False)

@@ -350,11 +350,33 @@ def _round_state(a: Tensor, b: Tensor, c: Tensor, d: Tensor, rest: Tensor, ratio
     return _words_of(codes.unbind(-1)), _words_of(left.to(torch.uint8).unbind(-1))
 
 
-def _raise_peak(largest: Tensor, peak: Tensor) -> tuple[Tensor, Tensor]:
-    """`gluon_fp8_stream._raise_peak`: four threads have a row."""
+def _raise_peak(largest: Tensor, peak: Tensor, *means: Tensor) -> tuple[Tensor, Tensor]:
+    """`gluon_fp8_stream._raise_peak` and `_raise_peak_of_means`: four threads have a row."""
+    if means:
+        low, high, factor, bias, *scores = means
+        largest = torch.full_like(largest, -math.inf)
+        for column, score in enumerate(scores):
+            word, bit = (low, high)[column // 8], 8 * (column // 2 % 4) + column % 2
+            largest = torch.where((word >> bit & 1) == 0, largest.maximum(score * factor + bias), largest)
     found = largest.amax(1, keepdim=True).ceil()
     raised = torch.where(found > peak + HEADROOM.value, found, peak)
     return raised, torch.exp2(peak - raised)
+
+
+def _signs_of_bytes(x: Tensor, y: Tensor, chosen: Tensor) -> Tensor:
+    """PRMT where all of the four choices ask for a byte's uppermost bit, eight times."""
+    source = torch.stack([*(x.int() >> 8 * i for i in range(4)), *(y.int() >> 8 * i for i in range(4))], -1)
+    picked = [source.gather(-1, (chosen.long() >> 4 * i & 7)[..., None])[..., 0] >> 7 & 1 for i in range(4)]
+    assert all((chosen >> 4 * i & 8).all() for i in range(4))
+    return _words_of([(-bit).to(torch.int8) for bit in picked])
+
+
+def _codes_without(x: Tensor, kept: Tensor) -> Tensor:
+    """FP8 codes but for the bits that are set in the words, of which every four elements in a row have the same."""
+    byte = kept.contiguous().view(torch.uint8).unflatten(-1, (-1, 4))
+    place = torch.arange(x.shape[-1]) % 4
+    byte = byte.gather(-1, place.expand(x.shape)[..., None])[..., 0]
+    return (_to_e4m3(x).view(torch.uint8) & ~byte).view(torch.float8_e4m3fn)
 
 
 # How the assembly that kernels embed is told apart, and what it makes of one element. More may be added by a test.
@@ -365,6 +387,8 @@ ASSEMBLY: dict[str, Callable[..., Any]] = {
     "sub.f16x2": _round_state,
     "cvt.rpi.f32.f32": _raise_peak,
     "mov.b32 $0, $1;": lambda x: x,
+    "prmt.b32 $0, $1, $2, $3;": lambda *x: _signs_of_bytes(*torch.broadcast_tensors(*x)),
+    "not.b32 kept": _codes_without,
     "cvt.rn.satfinite.e4m3x2.f32": _packed(_to_e4m3),
     "cvt.rn.bf16x2.f32 $0, $1, $2; // one word": lambda high, low: _words_of(
         [x.to(torch.bfloat16) for x in (low, high)]
