@@ -104,7 +104,9 @@ def _attend(
         q_smem.store(to_codes(rows_smem.load(row_layout(D)).to(gl.float32), q_scale, q_smem.dtype))
         # Where the queries were, until the output comes there.
         ones = rows_smem._reinterpret(q_smem.dtype, [8, 64], ONES_LAYOUT)
-        ones.store(gl.full([8, 64], 1.0, gl.float32, layout=_ONES_IN_REGISTERS).to(q_smem.dtype))
+        # As bits: of a conversion of constants ptxas 12.8 leaves two bytes of each word unset.
+        codes_of_one = gl.full([8, 64], 0x38, gl.int8, layout=_ONES_IN_REGISTERS)
+        ones.store(codes_of_one.to(q_smem.dtype, bitcast=True))
         fence_async_shared()
         mbarrier.wait(full.index(slot_of(step, STAGES)), phase_of(step, STAGES))
         # Here, once: the compiler would put it into the loops.
