@@ -25,6 +25,7 @@ from sla2_compile.kernels.gluon_fp8_stream import (
     TABLE_LAYOUT,
     another,
     attend_to_tiles,
+    bring,
     fetch,
     place_of,
     write_tables,
@@ -111,6 +112,9 @@ def _attend(
         mbarrier.wait(full.index(slot_of(step, STAGES)), phase_of(step, STAGES))
         # Here, once: the compiler would put it into the loops.
         group_barrier()
+        # The next query block's list of tiles; where there is none, the last one's.
+        following = gl.minimum(gl.program_id(0) + (another(turn) + 1) * gl.num_programs(0), total_blocks - 1)
+        bring(kept_ptr + following.to(gl.int64) * (1 + slots) + gl.minimum(gl.arange(0, 128, layout=PLACES), slots))
         acc = gl.zeros([64, D], gl.float32, layout=o_layout)
         total = sum_in_thread(gl.zeros([64, 64], gl.float32, layout=scores_layout(1)))
         peak = total - float("inf")

@@ -34,9 +34,9 @@ from sla2_compile.kernels.gluon_tiles import phase_of, slot_of
 
 # Of a query block: the tables have places for no more.
 MAX_TILES = 64
-# By so many powers of two a score may exceed the peak before that is raised. Weights that are 0 then may be 2^-15.8 of
-# the largest, in place of 2^-17.8; but of normal scores 8 % of a warp's steps raise a peak and not 27 %.
-HEADROOM = gl.constexpr(2)
+# By so many powers of two a score may exceed the peak before that is raised. Weights that are 0 then may be 2^-14.8 of
+# the largest, in place of 2^-17.8; but of normal scores 2 % of a warp's steps raise a peak and not 27 %.
+HEADROOM = gl.constexpr(3)
 # Of tables in shared memory.
 TABLE_LAYOUT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 PLACES = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
@@ -57,6 +57,14 @@ and.b32 $0, word, kept;
 def another(x):
     """`x`, but to the compiler another number: what is computed from it again is not held in registers meanwhile."""
     return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def bring(address):
+    """Bring what is at addresses, of which the layout may hold any, into the first-level cache meanwhile."""
+    gl.inline_asm_elementwise(
+        "prefetch.global.L1 [$1]; mov.b32 $0, 0;", "=r,l", [address], dtype=gl.int32, is_pure=False, pack=1
+    )
 
 
 @gluon.jit
