@@ -111,13 +111,15 @@ class SharedMemory:
         return self._view(lambda plane: plane.view(list(shape)))
 
     def _reinterpret(self, dtype: Any, shape: Sequence[int], layout: Any) -> SharedMemory:
-        """The first bytes as another type; where an element was several, their events are those of one."""
+        """The first bytes as another type; where an element was several, or several are one, they share events."""
         size = [int(x) for x in shape]
-        ratio = self.planes[0].dtype.itemsize // DTYPES[dtype].itemsize
-        assert ratio >= 1, "larger elements than before: not emulated"
+        before, after = self.planes[0].dtype.itemsize, DTYPES[dtype].itemsize
         data, *events = (plane.reshape(-1) for plane in self.planes)
         data = data.view(DTYPES[dtype])[: math.prod(size)].view(size)
-        size[-1] //= ratio
+        if after > before:
+            events = [x[:: after // before] for x in events]
+        else:
+            size[-1] //= before // after
         return SharedMemory(self.machine, [data, *(x[: math.prod(size)].view(size) for x in events)], layout)
 
     def load(self, layout: Any = None) -> Value:

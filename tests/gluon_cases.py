@@ -32,6 +32,18 @@ FP8_CASES = {
         FP8_POOLED, learned=True, gain=False, heads=4, kv_heads=2, batch=2, q_len=256, kv_len=320
     ),
     "FP8, head dim 128, whole blocks": dataclasses.replace(FP8_POOLED, q_len=256, kv_len=64 * 9),
+    **{
+        f"FP8, head dim 128, linear, {feature_map}": dataclasses.replace(
+            FP8_POOLED,
+            tail="linear",
+            mixing="block",
+            learned=True,
+            feature_map=feature_map,
+            kv_len=64 * 30 + 5,
+            sparsity=0.17,
+        )
+        for feature_map in ("softmax", "elu")
+    },
     "FP8, head dim 128, many tiles": dataclasses.replace(
         FP8_POOLED, heads=1, kv_heads=1, q_len=300, kv_len=64 * 40 + 9
     ),

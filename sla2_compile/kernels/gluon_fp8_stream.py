@@ -28,6 +28,7 @@ from sla2_compile.kernels.gluon_stream import (
     scores_layout,
     shrink_assembly,
     shrink_constraints,
+    sum_in_thread,
     to_operand,
 )
 from sla2_compile.kernels.gluon_tiles import phase_of, slot_of
@@ -40,6 +41,7 @@ HEADROOM = gl.constexpr(3)
 # Of tables in shared memory.
 TABLE_LAYOUT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 PLACES = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+FLOATS = gl.constexpr((gl.float32,) * 34)
 _SHIFT = gl.constexpr(math.log2(TOP_CODE.value) - HEADROOM.value)
 # PTX that makes a word of four FP8 codes of float32, and keeps of them the bits that are not set in another word.
 MASKED_FP8_WORD = gl.constexpr("""{
@@ -83,7 +85,7 @@ def _block_of(kept_row, tile, count, T):
 
 @gluon.jit
 def write_tables(
-    turn, kept_ptr, k_scale_ptr, numbers, scales, first, H, GROUP, M, T, slots, num_blocks
+    turn, kept_ptr, k_scale_ptr, numbers, scales, first, H, GROUP, M, T, slots, num_blocks, MEANS: gl.constexpr
 ):  # fmt: skip
     """What the loop over a query block's tiles looks up: scales of all, and numbers of those this group fetches.
 
@@ -91,13 +93,16 @@ def write_tables(
         turn: which of the program's query blocks; there may be none.
         numbers: (32,) int16 in shared memory, for every second tile from `first` on.
         scales: (64,) float32 in shared memory.
+        MEANS: whether means' tiles follow the keys'.
 
     Returns:
         How many keys' tiles and how many tiles there are, and the key head's first block of codes.
     """
     head, m, _, _, kv_head = place_of(turn, H, GROUP, M)
     block = head * M + m
-    num_means = (T + 63) // 64
+    num_means = 0
+    if MEANS:
+        num_means = (T + 63) // 64
     kept_row = kept_ptr + block * (1 + slots)
     count = gl.load(kept_row, mask=block < num_blocks, other=0)
     num_tiles = gl.where(count == 0, 0, count + num_means)
@@ -131,115 +136,137 @@ def fetch(k_tiles, v_tiles, numbers, first_block, tile, step, k_smem, v_smem, fu
     tma.async_copy_global_to_shared(v_tiles, [block * v_smem.shape[1], 0], full.index(slot), v_smem.index(slot))
 
 
+@gluon.jit
+def fetch_states(state_tiles, row, step, k_smem, v_smem, full, empty):
+    """Half of a query block's state H (64, D) from a row on, as tile number `step`: left of 64 columns, and right."""
+    STAGES: gl.constexpr = k_smem.shape[0]
+    slot = slot_of(step, STAGES)
+    left, right = states_in_slot(state_tiles, k_smem, v_smem, slot)
+    mbarrier.wait(empty.index(slot), phase_of(step, STAGES) ^ 1)
+    mbarrier.expect(full.index(slot), 2 * state_tiles.block_type.nbytes)
+    tma.async_copy_global_to_shared(state_tiles, [row, 0], full.index(slot), left)
+    tma.async_copy_global_to_shared(state_tiles, [row, 64], full.index(slot), right)
+
+
+@gluon.jit
+def states_in_slot(state_tiles, k_smem, v_smem, slot):
+    """Where a tile's keys and values otherwise are, the halves (64, 64) of half a state."""
+    left = k_smem.index(slot)._reinterpret(state_tiles.dtype, state_tiles.block_type.shape, state_tiles.layout)
+    right = v_smem.index(slot)._reinterpret(state_tiles.dtype, state_tiles.block_type.shape, state_tiles.layout)
+    return left, right
+
+
 @gluon.constexpr_function
-def _largest_assembly(row, means):
+def _largest_assembly(row, means, inputs):
     """PTX: in x the largest score of a thread's row; of means that of blocks which are not kept."""
     if not means:
-        return f"mov.f32 x, ${4 + row};"
+        return f"mov.f32 x, ${inputs + row};"
     columns = "\n".join(
         f"""
-        and.b32 bit, ${8 + 2 * (column // 8)}, {1 << (8 * (column // 2 % 4) + column % 2)};
+        and.b32 bit, ${inputs + 4 + 2 * (column // 8)}, {1 << (8 * (column // 2 % 4) + column % 2)};
         setp.eq.u32 tail, bit, 0;
-        @tail max.f32 x, x, ${16 + 2 * column + row};"""
+        @tail max.f32 x, x, ${inputs + 12 + 2 * (column // 2 + 8 * (column % 2)) + row};"""
         for column in range(16)
     )
     return f"""
         mov.f32 x, 0fFF800000;
         {columns}
-        fma.rn.f32 x, x, $12, $14;"""
+        fma.rn.f32 x, x, ${inputs + 8}, ${inputs + 10};"""
 
 
 @gluon.constexpr_function
-def _raise_assembly(headroom, means):
-    """PTX: peaks of a thread's two rows, raised where they must be, and what sums up to here shrink by.
+def _raise_assembly(headroom, means, num_sums):
+    """PTX: peaks of a thread's two rows, raised where they must be, what sums shrink by, and the sums, less by that.
 
     A warp none of whose scores is too large looks at no other thread's, nor at which means are those of kept blocks.
     """
+    inputs = 4 + 2 * num_sums
     rows = "\n".join(
         f"""
-        {_largest_assembly(row, means)}
+        {_largest_assembly(row, means, inputs)}
         shfl.sync.bfly.b32 y, x, 2, 0x1f, 0xffffffff;
         max.f32 x, x, y;
         shfl.sync.bfly.b32 y, x, 1, 0x1f, 0xffffffff;
         max.f32 x, x, y;
         cvt.rpi.f32.f32 x, x;
-        add.f32 y, ${6 + row}, {headroom}.0;
+        add.f32 y, ${inputs + 2 + row}, {headroom}.0;
         setp.gt.f32 above, x, y;
-        selp.f32 ${row}, x, ${6 + row}, above;
-        sub.f32 y, ${6 + row}, ${row};
+        selp.f32 ${row}, x, ${inputs + 2 + row}, above;
+        sub.f32 y, ${inputs + 2 + row}, ${row};
         ex2.approx.ftz.f32 ${2 + row}, y;"""
         for row in range(2)
     )
+    sums = "\n".join(f"mul.f32 ${4 + i}, ${4 + i}, ${2 + i % 2};" for i in range(2 * num_sums))
     return f"""{{
     .reg .pred above, any, tail;
     .reg .f32 x, y;
     .reg .b32 bit;
-    add.f32 x, $6, {headroom}.0;
-    setp.gt.f32 above, $4, x;
-    add.f32 x, $7, {headroom}.0;
-    setp.gt.or.f32 above, $5, x, above;
+    add.f32 x, ${inputs + 2}, {headroom}.0;
+    setp.gt.f32 above, ${inputs}, x;
+    add.f32 x, ${inputs + 3}, {headroom}.0;
+    setp.gt.or.f32 above, ${inputs + 1}, x, above;
     vote.sync.any.pred any, above, 0xffffffff;
-    @any bra raise;
-    mov.f32 $0, $6;
-    mov.f32 $1, $7;
+    mov.f32 $0, ${inputs + 2};
+    mov.f32 $1, ${inputs + 3};
     mov.f32 $2, 0f3F800000;
     mov.f32 $3, 0f3F800000;
-    bra done;
-    raise:
+    @!any bra done;
     {rows}
+    {sums}
     done:
     }}"""
 
 
-@gluon.jit
-def _raise_peak(largest, peak):
-    """(64, 4) peaks, whole numbers, and 2^(old - new), from (64, 4) largest scores of each thread's columns."""
-    ASSEMBLY: gl.constexpr = _raise_assembly(HEADROOM, False)
-    return gl.inline_asm_elementwise(
-        ASSEMBLY, "=&f,=&f,=&f,=&f,f,f,f,f", [largest, peak], dtype=(gl.float32, gl.float32), is_pure=False, pack=2
-    )
+@gluon.constexpr_function
+def _raise_constraints(means, num_sums):
+    others = ["f"] * 4 + (["r"] * 4 + ["f"] * 36 if means else [])
+    return ",".join(["=&f"] * 4 + ["=f"] * (2 * num_sums) + others + [str(4 + i) for i in range(2 * num_sums)])
 
 
 @gluon.jit
-def _in_two(x, layout: gl.constexpr):
-    """(64, N, 4) as (64, N / 2, 4) twice, for N = 2 as (64, 4) in a layout: the first half of N and the second."""
-    HALF: gl.constexpr = x.shape[1] // 2
-    first, second = gl.split(gl.permute(gl.reshape(x, [64, 2, HALF, 4]), (0, 2, 3, 1)))
-    if HALF == 1:
-        first, second = gl.reshape(first, [64, 4]), gl.reshape(second, [64, 4])
-        first, second = gl.convert_layout(first, layout), gl.convert_layout(second, layout)
-    return first, second
+def _pieces(x, layout: gl.constexpr):
+    """(64, N, 4) as a tuple of N times (64, 4), in a layout in which nothing moves."""
+    if x.shape[1] == 1:
+        return (gl.convert_layout(gl.reshape(x, [64, 4]), layout),)
+    else:
+        first, second = gl.split(gl.permute(gl.reshape(x, [64, 2, x.shape[1] // 2, 4]), (0, 2, 3, 1)))
+        return _pieces(first, layout) + _pieces(second, layout)
 
 
 @gluon.jit
-def _raise_peak_of_means(scores, largest, peak, low, high, factor, bias):
-    """As `_raise_peak`, of scores (64, 64) but those of means whose bits in the two words are set.
+def _joined(pieces, first: gl.constexpr, count: gl.constexpr):
+    """`_pieces` undone, for `count` of them from a first one on."""
+    if count == 1:
+        return gl.reshape(pieces[first], [64, 1, 4])
+    else:
+        a, b = _joined(pieces, first, count // 2), _joined(pieces, first + count // 2, count // 2)
+        return gl.reshape(gl.permute(gl.join(a, b), (0, 3, 1, 2)), [64, count, 4])
 
-    largest: with theirs.
+
+@gluon.jit
+def _raise_peak(scores, largest, peak, acc, low, high, factor, bias, MEANS: gl.constexpr):
+    """Peaks (64, 4), whole numbers, what sums shrink by, 2^(old - new), and the sums `acc` (64, D), less by that.
+
+    Args:
+        scores: (64, 64), to be looked at for MEANS, for those whose bits in the two words are not set.
+        largest: (64, 4) of each thread's columns, of all.
     """
     layout: gl.constexpr = peak.type.layout
-    ASSEMBLY: gl.constexpr = _raise_assembly(HEADROOM, True)
-    CONSTRAINTS: gl.constexpr = "=&f,=&f,=&f,=&f,f,f,f,f,r,r,r,r" + ",f" * 36
-    even, odd = gl.split(gl.reshape(scores, [64, 8, 4, 2]))
-    a, b = _in_two(even, layout)
-    c, d = _in_two(odd, layout)
-    e0, e1 = _in_two(a, layout)
-    e2, e3 = _in_two(b, layout)
-    o0, o1 = _in_two(c, layout)
-    o2, o3 = _in_two(d, layout)
-    x0, x2 = _in_two(e0, layout)
-    x4, x6 = _in_two(e1, layout)
-    x8, x10 = _in_two(e2, layout)
-    x12, x14 = _in_two(e3, layout)
-    x1, x3 = _in_two(o0, layout)
-    x5, x7 = _in_two(o1, layout)
-    x9, x11 = _in_two(o2, layout)
-    x13, x15 = _in_two(o3, layout)
-    return gl.inline_asm_elementwise(
-        ASSEMBLY, CONSTRAINTS,
-        [largest, peak, low, high, factor, bias, x0, x1, x2, x3, x4, x5, x6, x7, x8, x9, x10, x11, x12, x13, x14, x15],
-        dtype=(gl.float32, gl.float32), is_pure=False, pack=2,
-    )  # fmt: skip
+    NUM: gl.constexpr = acc.shape[1] // 4
+    ASSEMBLY: gl.constexpr = _raise_assembly(HEADROOM, MEANS, NUM)
+    CONSTRAINTS: gl.constexpr = _raise_constraints(MEANS, NUM)
+    even, odd = gl.split(gl.reshape(acc, [64, acc.shape[1] // 8, 4, 2]))
+    sums = _pieces(even, layout) + _pieces(odd, layout)
+    arguments = (largest, peak)
+    if MEANS:
+        even_scores, odd_scores = gl.split(gl.reshape(scores, [64, 8, 4, 2]))
+        arguments = arguments + (low, high, factor, bias) + _pieces(even_scores, layout) + _pieces(odd_scores, layout)
+    found = gl.inline_asm_elementwise(
+        ASSEMBLY, CONSTRAINTS, arguments + sums, dtype=FLOATS, is_pure=False, pack=2
+    )
+    even, odd = _joined(found, 2, NUM // 2), _joined(found, 2 + NUM // 2, NUM // 2)
+    acc = gl.convert_layout(gl.reshape(gl.join(even, odd), acc.shape), acc.type.layout)
+    return found[0], found[1], acc
 
 
 @gluon.jit
@@ -249,21 +276,18 @@ def _for_columns(x, wide_layout: gl.constexpr):
 
 
 @gluon.jit
-def _softmax(scores, peak, low, high, factor, bias, MEANS: gl.constexpr):
+def _softmax(scores, peak, acc, low, high, factor, bias, MEANS: gl.constexpr):
     """One step of an online softmax in base 2: weights (64, 64), of kept blocks' means too, peaks, what sums shrink by.
 
     Peaks are (64, 4), of a row the same ones in its four threads.
     """
     layout: gl.constexpr = peak.type.layout
     largest = gl.convert_layout(max_in_thread(scores), layout) * factor + bias
-    if MEANS:
-        peak, shrinks = _raise_peak_of_means(scores, largest, peak, low, high, factor, bias)
-    else:
-        peak, shrinks = _raise_peak(largest, peak)
+    peak, shrinks, acc = _raise_peak(scores, largest, peak, acc, low, high, factor, bias, MEANS)
     wide = gl.reshape(scores, [64, 8, 4, 2])
     wide_layout: gl.constexpr = wide.type.layout
     weights = gl.exp2(wide * factor - _for_columns(peak - (bias + _SHIFT), wide_layout))
-    return gl.convert_layout(gl.reshape(weights, [64, 64]), scores.type.layout), peak, shrinks
+    return gl.convert_layout(gl.reshape(weights, [64, 64]), scores.type.layout), peak, shrinks, acc
 
 
 @gluon.jit
@@ -302,19 +326,6 @@ def _to_operand_of_tail(weights, low, high, layout: gl.constexpr):
 
 
 @gluon.jit
-def _shrink(acc, shrinks):
-    """`acc` (64, D) times (64, 4), equal numbers in each row; skipped by warps for whose rows that is 1."""
-    SIZE: gl.constexpr = acc.shape[1] // 2
-    wide = gl.reshape(acc, [64, acc.shape[1] // 8, 4, 2])
-    wide_layout: gl.constexpr = wide.type.layout
-    wide = gl.inline_asm_elementwise(
-        shrink_assembly(SIZE), shrink_constraints(SIZE), [wide, _for_columns(shrinks, wide_layout)],
-        dtype=gl.float32, is_pure=False, pack=SIZE,
-    )  # fmt: skip
-    return gl.convert_layout(gl.reshape(wide, acc.shape), acc.type.layout)
-
-
-@gluon.jit
 def _weigh_last(scores, factor, place, last_bias):
     """Scores with `last_bias`, in base 2, added for the mean in the column `place`.
 
@@ -338,10 +349,10 @@ def attend_to_tiles(
     Args:
         part: which of the program's two groups.
         acc: (64, D) float32 sums of weights times values.
-        peak, total: (64, 4) float32, of a row the same in its four threads.
+        peak, total: (64, 4) float32; of a row its threads have the same peak, and the same sum of weights with `ones`.
         step: how many tiles came before, all query blocks together; the next one has been waited for.
         q_smem: (64, D) queries' codes.
-        ones: (8, 64), of codes.
+        ones: (8, 64), of codes, or None: sums of weights are then found by the threads, not by the tensor cores.
         numbers, scales, first_block: see `write_tables`.
         factor: what makes of a product of codes a score in base 2, but for the keys' scale.
         bias: a whole number, added to scores in base 2.
@@ -382,21 +393,26 @@ def attend_to_tiles(
         elif RAGGED:
             for _ in range(gl.where((i == 0) & (short_size < 64), 1, 0)):
                 scores = mask_short(scores, short_size)
-        weights, peak, shrinks = _softmax(scores, peak, low, high, tile_factor, bias, MEANS)
-        acc = _shrink(acc, shrinks)
+        weights, peak, shrinks, acc = _softmax(scores, peak, acc, low, high, tile_factor, bias, MEANS)
+        if ones is None:
+            total = total * shrinks + sum_in_thread(weights)
         if MEANS:
             probs = _to_operand_of_tail(weights, low, high, p_layout)
         else:
             probs = to_operand(weights, v_smem.dtype, p_layout)
-        # The same in all columns, and of this tile alone: next to a large sum tensor cores cut small weights off.
-        none = gl.zeros([64, 8], gl.float32, layout=sums_layout)
-        weights_again = gl.convert_layout(probs, sums_p_layout)
-        sums = warpgroup_mma(weights_again, ones.permute((1, 0)), none, use_acc=False, is_async=True)
+        if ones is not None:
+            # The same in all columns, and of this tile alone: next to a large sum tensor cores cut small weights off.
+            none = gl.zeros([64, 8], gl.float32, layout=sums_layout)
+            again = gl.convert_layout(probs, sums_p_layout)
+            sums = warpgroup_mma(again, ones.permute((1, 0)), none, use_acc=False, is_async=True)
         token = warpgroup_mma(probs, v_smem.index(slot).permute((1, 0)), acc, is_async=True)
         step += 1
         if i + 1 < num_tiles:
             mbarrier.wait(full.index(slot_of(step, STAGES)), phase_of(step, STAGES))
-        acc, sums = warpgroup_mma_wait(0, deps=[token, sums])
-        in_column, _ = gl.split(gl.reshape(sums, [64, 4, 2]))
-        total = total * shrinks + gl.convert_layout(in_column, total.type.layout)
+        if ones is None:
+            acc = warpgroup_mma_wait(0, deps=[token])
+        else:
+            acc, sums = warpgroup_mma_wait(0, deps=[token, sums])
+            in_column, _ = gl.split(gl.reshape(sums, [64, 4, 2]))
+            total = total * shrinks + gl.convert_layout(in_column, total.type.layout)
     return acc, peak, total, step
