@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
 
-from sla2_compile.kernels.gluon_fp8_stream import HEADROOM
+from sla2_compile.kernels.gluon_fp8_softmax import HEADROOM
 
 DTYPES = {
     gl.int1: torch.bool, gl.int8: torch.int8, gl.uint8: torch.uint8, gl.int16: torch.int16, gl.int32: torch.int32,
@@ -350,17 +350,18 @@ def _round_state(a: Tensor, b: Tensor, c: Tensor, d: Tensor, rest: Tensor, ratio
     return _words_of(codes.unbind(-1)), _words_of(left.to(torch.uint8).unbind(-1))
 
 
-def _raise_peak(largest: Tensor, peak: Tensor, *means: Tensor) -> tuple[Tensor, Tensor]:
-    """`gluon_fp8_stream._raise_peak` and `_raise_peak_of_means`: four threads have a row."""
-    if means:
-        low, high, factor, bias, *scores = means
+def _raise_peak(largest: Tensor, peak: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """`gluon_fp8_softmax._raise_peak`: four threads have a row; of means the scores come before the sums."""
+    if others[0].dtype == torch.int32:
+        (low, high, factor, bias), scores, others = others[:4], others[4:20], others[20:]
         largest = torch.full_like(largest, -math.inf)
-        for column, score in enumerate(scores):
-            word, bit = (low, high)[column // 8], 8 * (column // 2 % 4) + column % 2
+        for number, score in enumerate(scores):
+            word, bit = (low, high)[number % 8 // 4], 8 * (number % 4) + number // 8
             largest = torch.where((word >> bit & 1) == 0, largest.maximum(score * factor + bias), largest)
     found = largest.amax(1, keepdim=True).ceil()
     raised = torch.where(found > peak + HEADROOM.value, found, peak)
-    return raised, torch.exp2(peak - raised)
+    shrinks = torch.exp2(peak - raised)
+    return raised, shrinks, *(x * shrinks for x in others)
 
 
 def _signs_of_bytes(x: Tensor, y: Tensor, chosen: Tensor) -> Tensor:
@@ -405,6 +406,8 @@ ASSEMBLY: dict[str, Callable[..., Any]] = {
 
 
 def inline_asm_elementwise(assembly: str, constraints: str, arguments: Sequence[Any], dtype: Any, **_: Any) -> Any:
+    if "prefetch.global" in assembly:
+        return None
     known = [function for text, function in ASSEMBLY.items() if text in assembly]
     assert known, f"unknown to emulated_values.ASSEMBLY: {assembly}"
     found = known[0](*(lift(x).data for x in arguments))

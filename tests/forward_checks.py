@@ -20,11 +20,14 @@ TIE = 1e-4
 NAMES = ("out", "sparse_out", "sparse_lse", "tail_lse")
 
 
-def forward_errors(case: cases.Case, p: cases.Problem, *, repeat: bool) -> dict[str, dict[str, float]]:
+def forward_errors(
+    case: cases.Case, p: cases.Problem, *, repeat: bool, sums_codes: bool = False
+) -> dict[str, dict[str, float]]:
     """Relative L2 errors of out, sparse_out and the log-sum-exps.
 
     Asserts shapes, strides and dtypes, that nothing is left NaN or infinite where it must not be, and with `repeat`
-    that two runs give the same bits.
+    that two runs give the same bits. With `sums_codes` what runs where nothing is saved divides by the sum of a row's
+    rounded weights, not of the weights.
 
     Returns:
         "exact": the output, where something is saved for a backward and where nothing is, against the reference in
@@ -63,13 +66,22 @@ def forward_errors(case: cases.Case, p: cases.Problem, *, repeat: bool) -> dict[
         "rounded": {"out": relative_error(found[0], rounded)},
         "eager": {"out": relative_error(eager, exact)},
         # With nothing to save another kernel may serve, which rounds elsewhere.
-        "unsaved": {"out": relative_error(unsaved[0], found[0])},
+        "unsaved": {"out": relative_error(unsaved[0], _over_codes(case, p, found[0]) if sums_codes else found[0])},
     }
     if torch.equal(kept, twin[4]):
         errors["rounded"] |= _saved_errors(p, found, twin)
         if case.qk_format is not None and case.dtype == torch.float32:
             errors["ties"] = _tie_errors(case, p)
     return errors
+
+
+def _over_codes(case: cases.Case, p: cases.Problem, out: Tensor) -> Tensor:
+    """An output divided by the sums of the rounded weights of its rows in place of those of the weights.
+
+    The ratio of both sums is what comes of values that are all 1, of which the codes are exact.
+    """
+    ones = dataclasses.replace(p, v=torch.ones_like(p.v))
+    return out.double() / cuda_forward.forward(*ones.forward_arguments, True, case.settings)[0].double()
 
 
 def _tie_errors(case: cases.Case, p: cases.Problem) -> dict[str, float]:

@@ -32,15 +32,11 @@ FP8_CASES = {
         FP8_POOLED, learned=True, gain=False, heads=4, kv_heads=2, batch=2, q_len=256, kv_len=320
     ),
     "FP8, head dim 128, whole blocks": dataclasses.replace(FP8_POOLED, q_len=256, kv_len=64 * 9),
+    "FP8, head dim 128, all scores equal": dataclasses.replace(FP8_POOLED, equal=True, q_len=128, key_offset=0.0),
+    "FP8, head dim 128, popular keys": dataclasses.replace(FP8_POOLED, popular=True, q_len=128),
     **{
         f"FP8, head dim 128, linear, {feature_map}": dataclasses.replace(
-            FP8_POOLED,
-            tail="linear",
-            mixing="block",
-            learned=True,
-            feature_map=feature_map,
-            kv_len=64 * 30 + 5,
-            sparsity=0.17,
+            FP8_POOLED, tail="linear", mixing="block", learned=True, feature_map=feature_map
         )
         for feature_map in ("softmax", "elu")
     },
@@ -48,6 +44,8 @@ FP8_CASES = {
         FP8_POOLED, heads=1, kv_heads=1, q_len=300, kv_len=64 * 40 + 9
     ),
 }
+# Of the kernel of these cases; it takes a linear tail only where there are many.
+MIN_TILES = 1
 CASES = {
     "pooled": POOLED,
     "pooled, head dim 128, groups": dataclasses.replace(POOLED, dim=128, heads=2, **RAGGED),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from gluon_cases import FP8_CASES, FP8_POOLED
+from gluon_cases import FP8_CASES, FP8_POOLED, MIN_TILES
 from kernel_cases import poisoned_memory, problem
 from test_triton_forward import check
 from tolerances import relative_error
@@ -115,12 +115,17 @@ def test_at_a_video_s_length_hopper_s_kernels_agree_with_triton_s(
 @needs_hopper
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", FP8_CASES)
-def test_two_programs_a_multiprocessor_attend_in_fp8_as_float64_does(name: str, dtype: torch.dtype) -> None:
+def test_two_programs_a_multiprocessor_attend_in_fp8_as_float64_does(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from forward_checks import forward_errors
 
+    from sla2_compile.kernels import gluon_fp8_attention
+
+    monkeypatch.setattr(gluon_fp8_attention, "MIN_TILES", MIN_TILES)
     case = dataclasses.replace(FP8_CASES[name], dtype=dtype)
     with poisoned_memory():
-        errors = forward_errors(case, problem(case, "cuda"), repeat=True)
+        errors = forward_errors(case, problem(case, "cuda"), repeat=True, sums_codes=case.tail == "pooled")
     # What is saved for a backward comes from another kernel.
     del errors["rounded"]
     check(case, errors, name)

@@ -6,7 +6,8 @@ are multiplied from shared memory, where their codes are, and no group only fetc
 
 For inference, keys and values in FP8, head dim 128: a pooled tail, kept keys and means in one softmax, with a learned
 logit or none; and a linear tail with block mixing where there are many tiles, whose state comes as two more tiles. All
-else is `gluon_attention.py`'s: 16-bit tiles leave no room for two programs.
+else is `gluon_attention.py`'s: 16-bit tiles leave no room for two programs. With a pooled tail the tensor cores find
+the sums of weights too, so that an output is divided by the sum of what its values were multiplied by, rounded weights.
 """
 
 from __future__ import annotations

@@ -10,24 +10,18 @@ group is done with the one in whose place it comes.
 
 from __future__ import annotations
 
-import math
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from sla2_compile.kernels.gluon_codes import in_stored_order
+from sla2_compile.kernels.gluon_fp8_softmax import own_bits, softmax, to_operand_of_tail, weigh_last
 from sla2_compile.kernels.gluon_stream import (
     SMALLEST_FACTOR,
-    TOP_CODE,
     group_barrier,
     left_operand,
     mask_short,
-    max_in_thread,
     out_layout,
     scores_layout,
-    shrink_assembly,
-    shrink_constraints,
     sum_in_thread,
     to_operand,
 )
@@ -35,24 +29,9 @@ from sla2_compile.kernels.gluon_tiles import phase_of, slot_of
 
 # Of a query block: the tables have places for no more.
 MAX_TILES = 64
-# By so many powers of two a score may exceed the peak before that is raised. Weights that are 0 then may be 2^-14.8 of
-# the largest, in place of 2^-17.8; but of normal scores 2 % of a warp's steps raise a peak and not 27 %.
-HEADROOM = gl.constexpr(3)
 # Of tables in shared memory.
 TABLE_LAYOUT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 PLACES = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
-FLOATS = gl.constexpr((gl.float32,) * 34)
-_SHIFT = gl.constexpr(math.log2(TOP_CODE.value) - HEADROOM.value)
-# PTX that makes a word of four FP8 codes of float32, and keeps of them the bits that are not set in another word.
-MASKED_FP8_WORD = gl.constexpr("""{
-.reg .b16 low, high;
-.reg .b32 word, kept;
-cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
-cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
-mov.b32 word, {low, high};
-not.b32 kept, $5;
-and.b32 $0, word, kept;
-}""")
 
 
 @gluon.jit
@@ -156,193 +135,11 @@ def states_in_slot(state_tiles, k_smem, v_smem, slot):
     return left, right
 
 
-@gluon.constexpr_function
-def _largest_assembly(row, means, inputs):
-    """PTX: in x the largest score of a thread's row; of means that of blocks which are not kept."""
-    if not means:
-        return f"mov.f32 x, ${inputs + row};"
-    columns = "\n".join(
-        f"""
-        and.b32 bit, ${inputs + 4 + 2 * (column // 8)}, {1 << (8 * (column // 2 % 4) + column % 2)};
-        setp.eq.u32 tail, bit, 0;
-        @tail max.f32 x, x, ${inputs + 12 + 2 * (column // 2 + 8 * (column % 2)) + row};"""
-        for column in range(16)
-    )
-    return f"""
-        mov.f32 x, 0fFF800000;
-        {columns}
-        fma.rn.f32 x, x, ${inputs + 8}, ${inputs + 10};"""
-
-
-@gluon.constexpr_function
-def _raise_assembly(headroom, means, num_sums):
-    """PTX: peaks of a thread's two rows, raised where they must be, what sums shrink by, and the sums, less by that.
-
-    A warp none of whose scores is too large looks at no other thread's, nor at which means are those of kept blocks.
-    """
-    inputs = 4 + 2 * num_sums
-    rows = "\n".join(
-        f"""
-        {_largest_assembly(row, means, inputs)}
-        shfl.sync.bfly.b32 y, x, 2, 0x1f, 0xffffffff;
-        max.f32 x, x, y;
-        shfl.sync.bfly.b32 y, x, 1, 0x1f, 0xffffffff;
-        max.f32 x, x, y;
-        cvt.rpi.f32.f32 x, x;
-        add.f32 y, ${inputs + 2 + row}, {headroom}.0;
-        setp.gt.f32 above, x, y;
-        selp.f32 ${row}, x, ${inputs + 2 + row}, above;
-        sub.f32 y, ${inputs + 2 + row}, ${row};
-        ex2.approx.ftz.f32 ${2 + row}, y;"""
-        for row in range(2)
-    )
-    sums = "\n".join(f"mul.f32 ${4 + i}, ${4 + i}, ${2 + i % 2};" for i in range(2 * num_sums))
-    return f"""{{
-    .reg .pred above, any, tail;
-    .reg .f32 x, y;
-    .reg .b32 bit;
-    add.f32 x, ${inputs + 2}, {headroom}.0;
-    setp.gt.f32 above, ${inputs}, x;
-    add.f32 x, ${inputs + 3}, {headroom}.0;
-    setp.gt.or.f32 above, ${inputs + 1}, x, above;
-    vote.sync.any.pred any, above, 0xffffffff;
-    mov.f32 $0, ${inputs + 2};
-    mov.f32 $1, ${inputs + 3};
-    mov.f32 $2, 0f3F800000;
-    mov.f32 $3, 0f3F800000;
-    @!any bra done;
-    {rows}
-    {sums}
-    done:
-    }}"""
-
-
-@gluon.constexpr_function
-def _raise_constraints(means, num_sums):
-    others = ["f"] * 4 + (["r"] * 4 + ["f"] * 36 if means else [])
-    return ",".join(["=&f"] * 4 + ["=f"] * (2 * num_sums) + others + [str(4 + i) for i in range(2 * num_sums)])
-
-
-@gluon.jit
-def _pieces(x, layout: gl.constexpr):
-    """(64, N, 4) as a tuple of N times (64, 4), in a layout in which nothing moves."""
-    if x.shape[1] == 1:
-        return (gl.convert_layout(gl.reshape(x, [64, 4]), layout),)
-    else:
-        first, second = gl.split(gl.permute(gl.reshape(x, [64, 2, x.shape[1] // 2, 4]), (0, 2, 3, 1)))
-        return _pieces(first, layout) + _pieces(second, layout)
-
-
-@gluon.jit
-def _joined(pieces, first: gl.constexpr, count: gl.constexpr):
-    """`_pieces` undone, for `count` of them from a first one on."""
-    if count == 1:
-        return gl.reshape(pieces[first], [64, 1, 4])
-    else:
-        a, b = _joined(pieces, first, count // 2), _joined(pieces, first + count // 2, count // 2)
-        return gl.reshape(gl.permute(gl.join(a, b), (0, 3, 1, 2)), [64, count, 4])
-
-
-@gluon.jit
-def _raise_peak(scores, largest, peak, acc, low, high, factor, bias, MEANS: gl.constexpr):
-    """Peaks (64, 4), whole numbers, what sums shrink by, 2^(old - new), and the sums `acc` (64, D), less by that.
-
-    Args:
-        scores: (64, 64), to be looked at for MEANS, for those whose bits in the two words are not set.
-        largest: (64, 4) of each thread's columns, of all.
-    """
-    layout: gl.constexpr = peak.type.layout
-    NUM: gl.constexpr = acc.shape[1] // 4
-    ASSEMBLY: gl.constexpr = _raise_assembly(HEADROOM, MEANS, NUM)
-    CONSTRAINTS: gl.constexpr = _raise_constraints(MEANS, NUM)
-    even, odd = gl.split(gl.reshape(acc, [64, acc.shape[1] // 8, 4, 2]))
-    sums = _pieces(even, layout) + _pieces(odd, layout)
-    arguments = (largest, peak)
-    if MEANS:
-        even_scores, odd_scores = gl.split(gl.reshape(scores, [64, 8, 4, 2]))
-        arguments = arguments + (low, high, factor, bias) + _pieces(even_scores, layout) + _pieces(odd_scores, layout)
-    found = gl.inline_asm_elementwise(
-        ASSEMBLY, CONSTRAINTS, arguments + sums, dtype=FLOATS, is_pure=False, pack=2
-    )
-    even, odd = _joined(found, 2, NUM // 2), _joined(found, 2 + NUM // 2, NUM // 2)
-    acc = gl.convert_layout(gl.reshape(gl.join(even, odd), acc.shape), acc.type.layout)
-    return found[0], found[1], acc
-
-
-@gluon.jit
-def _for_columns(x, wide_layout: gl.constexpr):
-    """(64, 4), a number for each thread of a row, for the columns that are the thread's: (64, 1, 4, 1)."""
-    return gl.convert_layout(x, gl.SliceLayout(1, gl.SliceLayout(3, wide_layout)))[:, None, :, None]
-
-
-@gluon.jit
-def _softmax(scores, peak, acc, low, high, factor, bias, MEANS: gl.constexpr):
-    """One step of an online softmax in base 2: weights (64, 64), of kept blocks' means too, peaks, what sums shrink by.
-
-    Peaks are (64, 4), of a row the same ones in its four threads.
-    """
-    layout: gl.constexpr = peak.type.layout
-    largest = gl.convert_layout(max_in_thread(scores), layout) * factor + bias
-    peak, shrinks, acc = _raise_peak(scores, largest, peak, acc, low, high, factor, bias, MEANS)
-    wide = gl.reshape(scores, [64, 8, 4, 2])
-    wide_layout: gl.constexpr = wide.type.layout
-    weights = gl.exp2(wide * factor - _for_columns(peak - (bias + _SHIFT), wide_layout))
-    return gl.convert_layout(gl.reshape(weights, [64, 64]), scores.type.layout), peak, shrinks, acc
-
-
-@gluon.jit
-def _own_bits(word, peak):
-    """(64, 4) words like `peak`, a thread's columns' bits first of every eight: those of 8 i and 8 i + 1."""
-    thread = gl.arange(0, 4, layout=gl.SliceLayout(0, peak.type.layout))
-    bits, _ = gl.broadcast((word >> (2 * thread))[None, :], peak)
-    return bits
-
-
-@gluon.jit
-def _weights_of_tail(weights, low, high):
-    """`weights` (64, 64) as codes in stored order, 0 where they are of means of kept blocks."""
-    wide = gl.reshape(weights, [64, 8, 4, 2])
-    wide_layout: gl.constexpr = wide.type.layout
-    of_column: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, wide_layout)))
-    column = gl.arange(0, 8, layout=of_column)[None, :, None, None]
-    word = gl.where(column < 4, _for_columns(low, wide_layout), _for_columns(high, wide_layout))
-    # Of four codes in a word, even columns' bits as the uppermost of its bytes, odd ones' of another's.
-    which = gl.where((column & 2) == 0, 0xD9C8, 0xFBEA)
-    kept = gl.inline_asm_elementwise(
-        "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [word << 7, word << 6, which], dtype=gl.int32, is_pure=True, pack=1
-    )
-    _, kept = gl.broadcast(wide, kept)
-    return gl.convert_layout(gl.reshape(kept, [64, 64]), weights.type.layout)
-
-
-@gluon.jit
-def _to_operand_of_tail(weights, low, high, layout: gl.constexpr):
-    """As `to_operand`, 0 for means of kept blocks, whose bits in words (64, 4) are set; see `_own_bits`."""
-    words = gl.convert_layout(in_stored_order(_weights_of_tail(weights, low, high)), layout)
-    weights = gl.convert_layout(in_stored_order(weights), layout)
-    return gl.inline_asm_elementwise(
-        MASKED_FP8_WORD, "=r,r,r,r,r,r,r,r,r", [weights, words], dtype=gl.float8e4nv, is_pure=True, pack=4
-    )
-
-
-@gluon.jit
-def _weigh_last(scores, factor, place, last_bias):
-    """Scores with `last_bias`, in base 2, added for the mean in the column `place`.
-
-    As bits of words, like `mask_means`: columns compared with the place would be held in registers through the loop.
-    """
-    column = gl.arange(0, 64, layout=gl.SliceLayout(0, scores.type.layout))
-    bit = 1 << (place & 31)
-    low, high = gl.where(place < 32, bit, 0), gl.where(place < 32, 0, bit)
-    word = (gl.where(column < 32, low, high) >> (column & 6)) >> (column & 25)
-    return gl.where(((word & 1) == 1)[None, :], scores + last_bias / factor, scores)
-
-
 @gluon.jit
 def attend_to_tiles(
     part: gl.constexpr, acc, peak, total, step, first, last, num_tiles, q_smem, ones, k_smem, v_smem, full, empty,
-    k_tiles, v_tiles, numbers, first_block, scales, factor, bias, words_ptr, T, short_size, last_bias, MEANS: gl.constexpr,
-    RAGGED: gl.constexpr,
+    k_tiles, v_tiles, numbers, first_block, scales, factor, bias, words_ptr, T, short_size, last_bias,
+    MEANS: gl.constexpr, RAGGED: gl.constexpr,
 ):  # fmt: skip
     """Attend to a query block's tiles `first` to `last`, which is the next one, of `num_tiles`.
 
@@ -368,14 +165,14 @@ def attend_to_tiles(
     p_layout: gl.constexpr = left_operand(out_layout(q_smem.shape[1], 1), 1)
     sums_layout: gl.constexpr = out_layout(8, 1)
     sums_p_layout: gl.constexpr = left_operand(sums_layout, 1)
-    low, high = _own_bits(0, peak), _own_bits(0, peak)
+    low, high = own_bits(0, peak), own_bits(0, peak)
     for i in range(first, last):
         slot = slot_of(step, STAGES)
         zeros = gl.zeros([64, 64], gl.float32, layout=s_layout)
         token = warpgroup_mma(q_smem, k_smem.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
         if MEANS:
             tile_words = words_ptr + another(2 * (i - first))
-            low, high = _own_bits(gl.load(tile_words), peak), _own_bits(gl.load(tile_words + 1), peak)
+            low, high = own_bits(gl.load(tile_words), peak), own_bits(gl.load(tile_words + 1), peak)
         # While the scores are multiplied.
         if (step + part) & 1 == 0:
             # The tile before was the other group's to fetch.
@@ -389,15 +186,15 @@ def attend_to_tiles(
         if MEANS:
             if RAGGED:
                 for _ in range(gl.where(i == last - 1, 1, 0)):
-                    scores = _weigh_last(scores, tile_factor, another((T - 1) & 63), last_bias)
+                    scores = weigh_last(scores, tile_factor, another((T - 1) & 63), last_bias)
         elif RAGGED:
             for _ in range(gl.where((i == 0) & (short_size < 64), 1, 0)):
                 scores = mask_short(scores, short_size)
-        weights, peak, shrinks, acc = _softmax(scores, peak, acc, low, high, tile_factor, bias, MEANS)
+        weights, peak, shrinks, acc = softmax(scores, peak, acc, low, high, tile_factor, bias, MEANS)
         if ones is None:
             total = total * shrinks + sum_in_thread(weights)
         if MEANS:
-            probs = _to_operand_of_tail(weights, low, high, p_layout)
+            probs = to_operand_of_tail(weights, low, high, p_layout)
         else:
             probs = to_operand(weights, v_smem.dtype, p_layout)
         if ones is not None:

@@ -228,15 +228,20 @@ def low_bit_codes(
     if settings.pv_format is not None:
         v_codes = v.new_empty(batch, heads, num_stored, dim, settings.block_k, dtype=CODE_TYPES[settings.pv_format])
     means_values = with_means and settings.rounds_means_values
-    num_means = batch * heads * (num_stored - T)
     num_k, num_v = (batch * heads * T if codes is not None else 0 for codes in (k_codes, v_codes))
-    if num_k + num_v:
-        (unit, strides), fp8_keys, block_d = token_strides(k, v), settings.qk_format == "fp8", padded_dim(dim)
+    num_means = batch * heads * (num_stored - T) if num_k else 0
+    (unit, strides), fp8_keys, block_d = token_strides(k, v), settings.qk_format == "fp8", padded_dim(dim)
+    # A launch each: more programs of one share a multiprocessor than of all, which take the registers of the largest.
+    for of_k, of_means, of_v in ((num_k, 0, 0), (0, num_means, 0), (0, 0, num_v)):
+        if of_k + of_means + of_v == 0:
+            continue
+        of_v_bar = means_values and of_means > 0
         launch(
-            _codes_kernel, (num_k + num_means + num_v,),
-            k, v, real, order, statistics.k_mean, statistics.v_bar if means_values else None, statistics.n,
-            statistics.center, statistics.v_scale, k_codes, k_scale, v_codes, *strides,
-            0 if real is None else real.stride(0), heads, k.shape[2], T, num_stored, num_k, num_means,
+            _codes_kernel, (of_k + of_means + of_v,),
+            k, v, real, order, statistics.k_mean, statistics.v_bar if of_v_bar else None, statistics.n,
+            statistics.center, statistics.v_scale, None if of_v else k_codes, None if of_v else k_scale,
+            v_codes if of_v or of_v_bar else None, *strides, 0 if real is None else real.stride(0), heads, k.shape[2],
+            T, num_stored, of_k, of_means,
             D=dim, BLOCK_D=block_d, BLOCK_K=settings.block_k, ROWS=min(settings.block_k, max(16, 8192 // block_d)),
             VALUE_ROWS=min(settings.block_k, max(16, 4096 // block_d)), FP8_KEYS=fp8_keys,
             LIMIT=FP8_MAX if fp8_keys else INT8_MAX, UNIT=unit, num_warps=4, maxnreg=MAX_REGISTERS,
