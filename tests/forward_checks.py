@@ -61,12 +61,13 @@ def forward_errors(
         _reference(case, p, kept, torch.float64, formats=True),
         _reference(case, p, kept, case.dtype, formats=False),
     )
+    similar = _over_codes(case, p, found[0], kept) if sums_codes else found[0]
     errors = {
         "exact": {"out": relative_error(found[0], exact), "unsaved": relative_error(unsaved[0], exact)},
         "rounded": {"out": relative_error(found[0], rounded)},
         "eager": {"out": relative_error(eager, exact)},
         # With nothing to save another kernel may serve, which rounds elsewhere.
-        "unsaved": {"out": relative_error(unsaved[0], _over_codes(case, p, found[0]) if sums_codes else found[0])},
+        "unsaved": {"out": relative_error(unsaved[0], similar)},
     }
     if torch.equal(kept, twin[4]):
         errors["rounded"] |= _saved_errors(p, found, twin)
@@ -75,13 +76,13 @@ def forward_errors(
     return errors
 
 
-def _over_codes(case: cases.Case, p: cases.Problem, out: Tensor) -> Tensor:
+def _over_codes(case: cases.Case, p: cases.Problem, out: Tensor, kept: Tensor) -> Tensor:
     """An output divided by the sums of the rounded weights of its rows in place of those of the weights.
 
     The ratio of both sums is what comes of values that are all 1, of which the codes are exact.
     """
     ones = dataclasses.replace(p, v=torch.ones_like(p.v))
-    return out.double() / cuda_forward.forward(*ones.forward_arguments, True, case.settings)[0].double()
+    return out.double() / _reference(case, ones, kept, torch.float64, formats=True)
 
 
 def _tie_errors(case: cases.Case, p: cases.Problem) -> dict[str, float]:

@@ -33,7 +33,6 @@ FP8_CASES = {
     ),
     "FP8, head dim 128, whole blocks": dataclasses.replace(FP8_POOLED, q_len=256, kv_len=64 * 9),
     "FP8, head dim 128, all scores equal": dataclasses.replace(FP8_POOLED, equal=True, q_len=128, key_offset=0.0),
-    "FP8, head dim 128, popular keys": dataclasses.replace(FP8_POOLED, popular=True, q_len=128),
     **{
         f"FP8, head dim 128, linear, {feature_map}": dataclasses.replace(
             FP8_POOLED, tail="linear", mixing="block", learned=True, feature_map=feature_map
