@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from gluon_cases import FP8_CASES, FP8_POOLED, MIN_TILES
+from gluon_cases import FP8_CASES, MIN_TILES
 from kernel_cases import poisoned_memory, problem
 from test_triton_forward import check
 from tolerances import relative_error
@@ -134,10 +134,12 @@ def test_two_programs_a_multiprocessor_attend_in_fp8_as_float64_does(
 @pytest.mark.gpu
 @needs_hopper
 @pytest.mark.parametrize("magnitude", [0.0, 30.0, 1000.0])
-def test_in_fp8_no_scores_make_an_output_infinite(magnitude: float) -> None:
-    from sla2_compile.kernels import cuda_forward
+@pytest.mark.parametrize("name", ["FP8, head dim 128, 2 of 12 kept", "FP8, head dim 128, linear, softmax"])
+def test_in_fp8_no_scores_make_an_output_infinite(name: str, magnitude: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sla2_compile.kernels import cuda_forward, gluon_fp8_attention
 
-    case = dataclasses.replace(FP8_POOLED, magnitude=magnitude, dtype=torch.bfloat16)
+    monkeypatch.setattr(gluon_fp8_attention, "MIN_TILES", MIN_TILES)
+    case = dataclasses.replace(FP8_CASES[name], magnitude=magnitude, dtype=torch.bfloat16)
     with poisoned_memory():
         out = cuda_forward.forward(*problem(case, "cuda").forward_arguments, False, case.settings)[0]
     assert out.isfinite().all()
