@@ -33,7 +33,7 @@ def _quotient(x, scale):
     """x / scale as `triton_low_bit.to_codes` finds it, before it is rounded to a code."""
     inverse = gl.minimum(1 / scale, 1e38)
     quotient = x * inverse
-    return gl.fma(gl.fma(quotient, -scale, x), inverse, quotient)
+    return gl.fma(gl.fma(-quotient, scale, x), inverse, quotient)
 
 
 @gluon.jit
