@@ -30,8 +30,6 @@ from sla2_compile.kernels.triton_backward_loads import heads_fastest, in_element
 from sla2_compile.kernels.triton_statistics import Statistics
 from sla2_compile.quant.formats import FP8_MAX, INT8_MAX
 
-# Blocks of keys of a program, and how many of them are in shared memory at once.
-KEY_STEPS, KEY_STAGES = 4, 2
 CODE_TYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
@@ -152,9 +150,9 @@ def _codes_kernel(
     k_ptr, v_ptr, real_ptr, order_ptr, k_mean_ptr, v_bar_ptr, n_ptr, center_ptr, v_scale_ptr, k_codes_ptr, k_scale_ptr,
     v_codes_ptr, k_sb, k_sh, k_sn, v_sb, v_sh, v_sn, real_sb, G, N_KV, T, num_stored, num_k, num_means,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, VALUE_ROWS: tl.constexpr,
-    FP8_KEYS: tl.constexpr, LIMIT: tl.constexpr, UNIT: tl.constexpr, STEPS: tl.constexpr, KEY_STAGES: tl.constexpr,
+    FP8_KEYS: tl.constexpr, LIMIT: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Grid (num_k / STEPS + num_means + num_v,): blocks of k, of means, of v; heads vary fastest, as they do in memory.
+    """Grid (num_k + num_means + num_v,): blocks of k, of means, of v; heads vary fastest, as they do in memory.
 
     k_codes_ptr or v_codes_ptr may be None, and what belongs to it; v_bar_ptr is where means of values get no codes.
     ROWS, VALUE_ROWS: keys and values of a step. LIMIT: the largest code of a key.
@@ -163,20 +161,17 @@ def _codes_kernel(
     v_sb, v_sh, v_sn = in_elements((v_sb, v_sh, v_sn), UNIT)
     pid = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
-    if pid * STEPS < num_k:
+    if pid < num_k:
         if k_codes_ptr is not None:
-            # The next block's keys are on their way meanwhile.
-            for step in tl.range(0, STEPS, num_stages=KEY_STAGES):
-                b, g, block = heads_fastest(tl.minimum(pid * STEPS + step, num_k - 1), G, T)
-                row = (b * G + g) * num_stored + block
-                real = real_ptr
-                if real_ptr is not None:
-                    real = real_ptr + b * real_sb
-                center = tl.load(center_ptr + (b * G + g) * D + d, mask=d < D, other=0.0)
-                _write_key_codes(
-                    k_ptr + b * k_sb + g * k_sh, real, order_ptr, center, k_codes_ptr + row * BLOCK_K * D,
-                    k_scale_ptr + row, block * BLOCK_K, N_KV, k_sn, D, BLOCK_D, BLOCK_K, ROWS, FP8_KEYS, LIMIT,
-                )  # fmt: skip
+            b, g, block = heads_fastest(pid, G, T)
+            row = (b * G + g) * num_stored + block
+            if real_ptr is not None:
+                real_ptr += b * real_sb
+            center = tl.load(center_ptr + (b * G + g) * D + d, mask=d < D, other=0.0)
+            _write_key_codes(
+                k_ptr + b * k_sb + g * k_sh, real_ptr, order_ptr, center, k_codes_ptr + row * BLOCK_K * D,
+                k_scale_ptr + row, block * BLOCK_K, N_KV, k_sn, D, BLOCK_D, BLOCK_K, ROWS, FP8_KEYS, LIMIT,
+            )  # fmt: skip
     elif pid < num_k + num_means:
         if k_codes_ptr is not None:
             b, g, block = heads_fastest(pid - num_k, G, num_stored - T)
@@ -242,15 +237,14 @@ def low_bit_codes(
             continue
         of_v_bar = means_values and of_means > 0
         launch(
-            _codes_kernel, (-(-of_k // KEY_STEPS) + of_means + of_v,),
+            _codes_kernel, (of_k + of_means + of_v,),
             k, v, real, order, statistics.k_mean, statistics.v_bar if of_v_bar else None, statistics.n,
             statistics.center, statistics.v_scale, None if of_v else k_codes, None if of_v else k_scale,
             v_codes if of_v or of_v_bar else None, *strides, 0 if real is None else real.stride(0), heads, k.shape[2],
             T, num_stored, of_k, of_means,
             D=dim, BLOCK_D=block_d, BLOCK_K=settings.block_k, ROWS=min(settings.block_k, max(16, 8192 // block_d)),
             VALUE_ROWS=min(settings.block_k, max(16, 4096 // block_d)), FP8_KEYS=fp8_keys,
-            LIMIT=FP8_MAX if fp8_keys else INT8_MAX, UNIT=unit, STEPS=KEY_STEPS, KEY_STAGES=KEY_STAGES,
-            num_warps=4, maxnreg=MAX_REGISTERS,
+            LIMIT=FP8_MAX if fp8_keys else INT8_MAX, UNIT=unit, num_warps=4, maxnreg=MAX_REGISTERS,
         )  # fmt: skip
     if of_keys is not None:
         k_codes, k_scale = of_keys.codes, of_keys.scale
