@@ -230,11 +230,10 @@ def low_bit_codes(
     means_values = with_means and settings.rounds_means_values
     num_k, num_v = (batch * heads * T if codes is not None else 0 for codes in (k_codes, v_codes))
     num_means = batch * heads * (num_stored - T) if num_k else 0
-    (unit, strides), fp8_keys, block_d = token_strides(k, v), settings.qk_format == "fp8", padded_dim(dim)
     # A launch each: more programs of one share a multiprocessor than of all, which take the registers of the largest.
-    for of_k, of_means, of_v in ((num_k, 0, 0), (0, num_means, 0), (0, 0, num_v)):
-        if of_k + of_means + of_v == 0:
-            continue
+    parts = ((num_k, 0, 0), (0, num_means, 0), (0, 0, num_v))
+    for of_k, of_means, of_v in (part for part in parts if any(part)):
+        (unit, strides), fp8_keys, block_d = token_strides(k, v), settings.qk_format == "fp8", padded_dim(dim)
         of_v_bar = means_values and of_means > 0
         launch(
             _codes_kernel, (of_k + of_means + of_v,),
