@@ -407,6 +407,7 @@ ASSEMBLY: dict[str, Callable[..., Any]] = {
 
 def inline_asm_elementwise(assembly: str, constraints: str, arguments: Sequence[Any], dtype: Any, **_: Any) -> Any:
     if "prefetch.global" in assembly:
+        # Nothing comes of it, and its arguments are pointers.
         return None
     known = [function for text, function in ASSEMBLY.items() if text in assembly]
     assert known, f"unknown to emulated_values.ASSEMBLY: {assembly}"

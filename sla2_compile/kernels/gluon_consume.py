@@ -12,7 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from sla2_compile.kernels.gluon_codes import to_codes
-from sla2_compile.kernels.gluon_feature_map import LOG2_E, feature_map
+from sla2_compile.kernels.gluon_feature_map import LOG2_E, weighed_features
 from sla2_compile.kernels.gluon_fetch import query_block
 from sla2_compile.kernels.gluon_stream import (
     LOG2_TOP_CODE,
@@ -33,8 +33,6 @@ from sla2_compile.kernels.gluon_tiles import channels, visited_tokens, write_row
 LN_2 = gl.constexpr(0.6931471805599453)
 # log2 of float32's smallest number above 0.
 LOG2_SMALLEST = gl.constexpr(-149.0)
-# As in reference.py: a row of the linear tail whose weights sum to less has none.
-MIN_LINEAR_WEIGHT = gl.constexpr(1e-30)
 # Below every score of finite inputs.
 LOWEST_PEAK = gl.constexpr(-1e38)
 
@@ -200,13 +198,7 @@ def consume(
             # While the last values are multiplied.
             rest = 1 / (1 + gl.exp2(logit * LOG2_E))
             rest = gl.where(count == T, 0.0, rest)
-            features, size = feature_map(q.to(gl.float32), MAP)
-            mass = gl.sum(features * gl.convert_layout(z, channel_layout)[None, :], 1)
-            features = features * gl.where(mass > size * MIN_LINEAR_WEIGHT, rest / mass, 0.0)[:, None]
-            if dtype == gl.float16:
-                # As `to_finite` of the other kernels.
-                features = gl.minimum(features, 65504.0)
-            phi = gl.convert_layout(features.to(dtype), phi_layout)
+            phi = gl.convert_layout(weighed_features(q.to(gl.float32), z, rest, dtype, MAP), phi_layout)
         # The next block, while the last values are multiplied.
         next_head, next_m = query_block(index + gl.num_programs(0), num_heads, M, first_exact, last_exact)
         next_count, next_word, next_scale = _numbers(

@@ -26,8 +26,7 @@ from sla2_compile.kernels.attention_stage import AttentionInputs, Outputs
 from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.gluon_attention import MAX_TILES_IN_TENSOR_CORES
 from sla2_compile.kernels.gluon_codes import halves, to_codes
-from sla2_compile.kernels.gluon_consume import MIN_LINEAR_WEIGHT
-from sla2_compile.kernels.gluon_feature_map import LOG2_E, feature_map
+from sla2_compile.kernels.gluon_feature_map import LOG2_E, weighed_features
 from sla2_compile.kernels.gluon_fp8_stream import (
     MAX_TILES,
     PLACES,
@@ -64,20 +63,8 @@ MIN_TILES = 24
 # Of the rings: queries and their codes leave room for no more.
 STAGES = 4
 _REGISTERS = gl.constexpr(HALF_REGISTERS)
-ONES_LAYOUT = gl.constexpr(gl.NVMMASharedLayout.get_default_for([8, 64], gl.float8e4nv))
+_ONES_LAYOUT = gl.constexpr(gl.NVMMASharedLayout.get_default_for([8, 64], gl.float8e4nv))
 _ONES_IN_REGISTERS = gl.constexpr(gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0]))
-
-
-@gluon.jit
-def _weighed_features(q, z, weight, dtype: gl.constexpr, MAP: gl.constexpr):
-    """phi(q) (64, D) by weight / (phi(q) . z), what the linear tail multiplies its state by."""
-    features, size = feature_map(q, MAP)
-    mass = gl.sum(features * z[None, :], 1)
-    features = features * gl.where(mass > size * MIN_LINEAR_WEIGHT, weight / mass, 0.0)[:, None]
-    if dtype == gl.float16:
-        # As `to_finite` of the other kernels.
-        features = gl.minimum(features, 65504.0)
-    return features.to(dtype)
 
 
 @gluon.jit
@@ -145,7 +132,6 @@ def _attend(
             if not LINEAR:
                 bias = gl.floor(logit)
                 fraction = gl.exp2(logit - bias)
-        z = 0.0
         if LINEAR:
             channel = gl.arange(0, D, layout=gl.SliceLayout(0, row_layout(D)))
             z = gl.load(states_ptr + (block * (D + 1) + D) * D + channel).to(gl.float32)
@@ -160,9 +146,9 @@ def _attend(
         # In place of the queries until the output comes there: what the product with the state, or sums, need.
         ones = None
         if LINEAR:
-            rows_smem.store(_weighed_features(q, z, 1 / (1 + gl.exp2(logit)), dtype, MAP))
+            rows_smem.store(weighed_features(q, z, 1 / (1 + gl.exp2(logit)), dtype, MAP))
         else:
-            ones = rows_smem._reinterpret(q_smem.dtype, [8, 64], ONES_LAYOUT)
+            ones = rows_smem._reinterpret(q_smem.dtype, [8, 64], _ONES_LAYOUT)
             # As bits: of a conversion of constants ptxas 12.8 leaves two bytes of each word unset.
             codes_of_one = gl.full([8, 64], 0x38, gl.int8, layout=_ONES_IN_REGISTERS)
             ones.store(codes_of_one.to(q_smem.dtype, bitcast=True))
@@ -216,6 +202,7 @@ def _attend(
         if LINEAR:
             logit = 0.0
             if logit_ptr is not None:
+                # Again, rather than held by a register that the loops need.
                 logit = gl.load(logit_ptr + h * M + m) * LOG2_E
             share *= 1 / (1 + gl.exp2(-logit))
         acc = acc * v_scale[None, :] * share[:, None]

@@ -22,7 +22,7 @@ _SHIFT = gl.constexpr(math.log2(TOP_CODE.value) - HEADROOM.value)
 # Of `_raise_peak`: peaks, what sums shrink by, and the sums of 128 channels.
 _RESULTS = gl.constexpr((gl.float32,) * (2 + 128 // 4))
 # PTX that makes a word of four FP8 codes of float32, and keeps of them the bits that are not set in another word.
-MASKED_FP8_WORD = gl.constexpr("""{
+_MASKED_FP8_WORD = gl.constexpr("""{
 .reg .b16 low, high;
 .reg .b32 word, kept;
 cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
@@ -196,7 +196,7 @@ def to_operand_of_tail(weights, low, high, layout: gl.constexpr):
     words = gl.convert_layout(in_stored_order(_kept_bytes(weights, low, high)), layout)
     weights = gl.convert_layout(in_stored_order(weights), layout)
     return gl.inline_asm_elementwise(
-        MASKED_FP8_WORD, "=r,r,r,r,r,r,r,r,r", [weights, words], dtype=gl.float8e4nv, is_pure=True, pack=4
+        _MASKED_FP8_WORD, "=r,r,r,r,r,r,r,r,r", [weights, words], dtype=gl.float8e4nv, is_pure=True, pack=4
     )
 
 
@@ -204,7 +204,8 @@ def to_operand_of_tail(weights, low, high, layout: gl.constexpr):
 def weigh_last(scores, factor, place, last_bias):
     """Scores with `last_bias`, in base 2, added for the mean in the column `place`.
 
-    As bits of words, like `mask_means`: columns compared with the place would be held in registers through the loop.
+    As bits of words, like `gluon_stream._mask_means`: columns compared with the place would be held in registers
+    through the loop.
     """
     column = gl.arange(0, 64, layout=gl.SliceLayout(0, scores.type.layout))
     bit = 1 << (place & 31)

@@ -116,7 +116,7 @@ def mask_short(scores, last_size):
 
 
 @gluon.jit
-def mask_means(scores, low, high):
+def _mask_means(scores, low, high):
     """-inf for means of kept blocks, whose bits in the two words are set."""
     column = gl.arange(0, KEYS, layout=gl.SliceLayout(0, scores.type.layout))
     # In two parts: the first is the same for all columns of a thread, the second a constant.
@@ -226,7 +226,7 @@ def begin(
     slot, phase = next_slot(slot, phase, STAGES)
     scores = _as_scores(products, SHIFTED)
     if MEANS:
-        scores = mask_means(scores, low, high)
+        scores = _mask_means(scores, low, high)
     if RAGGED:
         if MEANS:
             scores = _weigh_short_mean(scores, tile_factor, 0, T, gl.where(is_short, last_bias, 0.0))
@@ -240,7 +240,7 @@ def begin(
 
 
 @gluon.constexpr_function
-def shrink_assembly(size):
+def _shrink_assembly(size):
     """PTX that multiplies `size` numbers of a thread, two of a row and two of another in turn, or leaves it."""
     products = "\n".join(f"mul.f32 ${i}, ${i}, ${2 * size + i};" for i in range(size))
     return f"""{{
@@ -255,7 +255,7 @@ def shrink_assembly(size):
 
 
 @gluon.constexpr_function
-def shrink_constraints(size):
+def _shrink_constraints(size):
     return ",".join(["=f"] * size + [str(i) for i in range(size)] + ["f"] * size)
 
 
@@ -264,7 +264,7 @@ def _shrink(acc, held):
     """`acc` (64, D) times `held` (64,), a slice of its layout; skipped by warps for whose rows that is 1."""
     SIZE: gl.constexpr = acc.shape[1] // 2
     return gl.inline_asm_elementwise(
-        shrink_assembly(SIZE), shrink_constraints(SIZE), [acc, held[:, None]], dtype=gl.float32, is_pure=False,
+        _shrink_assembly(SIZE), _shrink_constraints(SIZE), [acc, held[:, None]], dtype=gl.float32, is_pure=False,
         pack=SIZE,
     )  # fmt: skip
 
@@ -324,7 +324,7 @@ def stream(
         group_barrier()
         scores = _as_scores(warpgroup_mma_wait(1, deps=[token]), SHIFTED)
         if MEANS:
-            scores = mask_means(scores, low, high)
+            scores = _mask_means(scores, low, high)
         if MEANS and RAGGED:
             # A loop that runs once or not at all: of a branch the assembler makes instructions that all tiles execute.
             for _ in range(gl.where(i == num_tiles - 1, 1, 0)):
