@@ -19,8 +19,9 @@ from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.hardware import shared_memory
 from sla2_compile.kernels.launch_arguments import padded_dim
 from sla2_compile.kernels.settings import Settings, empty_output, empty_saved
+from sla2_compile.kernels.triton_key_codes import key_blocks
 from sla2_compile.kernels.triton_linear_state import fp8_tiles, linear_states
-from sla2_compile.kernels.triton_low_bit import low_bit_codes
+from sla2_compile.kernels.triton_low_bit import low_bit_codes, num_stored_blocks
 from sla2_compile.kernels.triton_mixture import attention, attention_config
 from sla2_compile.kernels.triton_router import Choice, route
 from sla2_compile.kernels.triton_statistics import block_statistics
@@ -48,7 +49,10 @@ def forward(
         out, sparse_out = _empty_outputs(q, save_sparse_out)
         return out.zero_(), sparse_out.zero_(), sparse_lse.zero_(), tail_lse.zero_(), kept.zero_()
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
-        inputs = prepare(q, k, v, attn_mask, proj_q, proj_k, alpha_logit, alpha_gain, kept, settings, route)
+        inputs = prepare(
+            q, k, v, attn_mask, proj_q, proj_k, alpha_logit, alpha_gain, kept, settings, route,
+            saves=save_sparse_out,
+        )  # fmt: skip
         # Now that the key blocks' states are gone, which are as large as both.
         out, sparse_out = _empty_outputs(q, save_sparse_out)
         outputs = Outputs(out, sparse_out if save_sparse_out else None, sparse_lse, tail_lse)
@@ -76,10 +80,12 @@ def prepare(
     settings: Settings,
     route: Callable[..., Choice],
     *,
+    saves: bool = False,
     copy_engine: bool = True,
 ) -> AttentionInputs:
     """Everything that the attention kernels read; `route`, the router's, writes `kept`.
 
+    saves: whether log-sum-exps are saved for a backward, which are those of keys smoothed by the mean of all.
     copy_engine: whether tensor descriptors may be used.
     """
     # Only tensors no model makes have another stride along D than 1.
@@ -94,17 +100,19 @@ def prepare(
     has_tail = slots < num_blocks(kv_len, settings.block_k)
     pooled, linear = (has_tail and settings.tail == tail for tail in ("pooled", "linear"))
     in_fp8 = fp8_tiles(q, k, v, slots, real, order, settings) if linear and copy_engine else None
+    of_keys = None
+    if settings.qk_format is not None and not linear:
+        stored = num_stored_blocks(num_blocks(kv_len, settings.block_k), settings, with_means=pooled)
+        of_keys = key_blocks(k, stored, real, order, settings, sampled=not saves)
     statistics = block_statistics(
-        q, k, v, real, order, settings,
-        # Where the tail's keys are codes, they are made of `k_mean`.
-        needs_v_bar=pooled, smooth_k_bar=settings.is_low_bit and not (pooled and settings.qk_format is not None),
-        needs_v_scale=in_fp8 is None,
+        q, k, v, real, order, settings, needs_v_bar=pooled, smooth_k_bar=settings.is_low_bit,
+        needs_v_scale=in_fp8 is None, of_keys=of_keys,
     )  # fmt: skip
     choice = route(
         statistics.q_mean, statistics.k_mean, statistics.n, proj_q, proj_k, kept, q.shape[2], kv_len, settings,
         masked=real is not None,
     )  # fmt: skip
-    states = key_codes = None
+    states, key_codes = None, None if of_keys is None else of_keys.coded
     if linear:
         assert statistics.center is not None
         tail = linear_states(

@@ -40,7 +40,7 @@ from sla2_compile.kernels.launch import launch
 from sla2_compile.kernels.launch_arguments import max_registers
 from sla2_compile.kernels.settings import Settings
 from sla2_compile.kernels.tensor_rows import matrix_steps
-from sla2_compile.kernels.triton_low_bit import CODE_TYPES, KeyCodes
+from sla2_compile.kernels.triton_key_codes import KeyCodes, empty_key_codes
 from sla2_compile.quant.formats import FP8_MAX, INT8_MAX
 
 # What was tuned.
@@ -343,16 +343,12 @@ def fp8_states(
         settings: the op's, with softmax as the feature map.
         scales_values: whether the scales of v are wanted.
     """
-    assert settings.qk_format is not None
     (batch, heads, _, dim), T = k.shape, num_blocks(k.shape[2], BLOCK_K)
     codes = k.new_empty(batch * heads, padded, dim, dim, dtype=torch.float8_e4m3fn)
     if padded > T:
         codes.view(torch.int8)[:, T:] = 0
     z, unit = k.new_empty(batch * heads, T, dim), k.new_empty(batch * heads, T, dtype=torch.float32)
-    key_codes = KeyCodes(
-        k.new_empty(batch, heads, T, BLOCK_K, dim, dtype=CODE_TYPES[settings.qk_format]),
-        k.new_empty(batch, heads, T, dtype=torch.float32),
-    )
+    key_codes = empty_key_codes(k, T, settings)
     programs, num_states = _num_programs(batch * heads * T, k.device), batch * heads * T
     v_peaks = v_scale = None
     if scales_values:

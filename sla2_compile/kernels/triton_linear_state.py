@@ -21,7 +21,7 @@ from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.launch import launch
 from sla2_compile.kernels.settings import Settings
 from sla2_compile.kernels.triton_backward_linear_keys import key_block_states, padded_key_blocks, states_config
-from sla2_compile.kernels.triton_low_bit import KeyCodes
+from sla2_compile.kernels.triton_key_codes import KeyCodes
 
 
 @triton.jit

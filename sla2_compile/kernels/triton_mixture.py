@@ -34,7 +34,7 @@ from sla2_compile.kernels.triton_backward_loads import (
     store_tile,
     token_of,
 )
-from sla2_compile.kernels.triton_low_bit import to_codes
+from sla2_compile.kernels.triton_key_codes import to_codes
 from sla2_compile.kernels.triton_mixture_steps import (
     LOG2_E,
     LOG2_TOP_CODE,

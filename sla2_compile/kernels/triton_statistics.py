@@ -21,6 +21,7 @@ from sla2_compile.kernels.launch import launch
 from sla2_compile.kernels.launch_arguments import MAX_REGISTERS, padded_dim, token_strides
 from sla2_compile.kernels.settings import Settings
 from sla2_compile.kernels.triton_backward_loads import heads_fastest, in_elements, is_real, load_tile, token_of
+from sla2_compile.kernels.triton_key_codes import KeyBlocks
 from sla2_compile.quant.formats import FP8_MAX, INT8_MAX
 
 
@@ -31,7 +32,7 @@ class Statistics:
     k_bar: Tensor  # (B, G, T, D) the same in the inputs' dtype, smoothed where the tail sees smoothed keys
     v_bar: Tensor  # (B, G, T, D) in the inputs' dtype, float32 where codes are made of it; k_bar where v was not read
     n: Tensor  # (B, T) float32 real tokens of each key block
-    center: Tensor | None  # (B, G, D) float32 mean of all keys, what smoothing subtracts; None: keys are not smoothed
+    center: Tensor | None  # (B, G, D) float32 what smoothing subtracts, mean of all keys or some; None: no smoothing
     q_scale: Tensor | None  # (B, H, M) float32 what a code of q stands for, with a low-bit qk_format
     v_scale: Tensor | None  # (B, G, D) float32 what a code of v stands for, with a low-bit pv_format
 
@@ -68,7 +69,7 @@ def _statistics_kernel(
 ):  # fmt: skip
     """Grid (num_q + num_k + num_v,): blocks of q, of k, of v; heads vary fastest, as they do in memory.
 
-    q_ptr, v_ptr, q_scale_ptr, v_peak_ptr, k_bar_ptr, real_ptr and order_ptr may be None. LIMIT: largest code of q.
+    All but q_mean_ptr, k_mean_ptr, v_bar_ptr and n_ptr may be None. LIMIT: largest code of q.
     """
     q_sb, q_sh, q_sn = in_elements((q_sb, q_sh, q_sn), UNIT)
     k_sb, k_sh, k_sn = in_elements((k_sb, k_sh, k_sn), UNIT)
@@ -97,16 +98,17 @@ def _statistics_kernel(
         if real_ptr is not None:
             real_ptr += b * real_sb
         if not is_value:
-            total, n, peak = _block_sums(
-                k_ptr + b * k_sb + g * k_sh, real_ptr, order_ptr, block * BLOCK_K, N_KV, k_sn, peak,
-                D, BLOCK_D, BLOCK_K, ROWS if ROWS < BLOCK_K else BLOCK_K, False,
-            )  # fmt: skip
-            mean = total / tl.maximum(n, 1.0)
-            tl.store(k_mean_ptr + row * D + d, mean, mask=d < D)
-            if k_bar_ptr is not None:
-                tl.store(k_bar_ptr + row * D + d, mean.to(k_bar_ptr.dtype.element_ty), mask=d < D)
-            if g == 0:
-                tl.store(n_ptr + b * T + block, n)
+            if k_ptr is not None:
+                total, n, peak = _block_sums(
+                    k_ptr + b * k_sb + g * k_sh, real_ptr, order_ptr, block * BLOCK_K, N_KV, k_sn, peak,
+                    D, BLOCK_D, BLOCK_K, ROWS if ROWS < BLOCK_K else BLOCK_K, False,
+                )  # fmt: skip
+                mean = total / tl.maximum(n, 1.0)
+                tl.store(k_mean_ptr + row * D + d, mean, mask=d < D)
+                if k_bar_ptr is not None:
+                    tl.store(k_bar_ptr + row * D + d, mean.to(k_bar_ptr.dtype.element_ty), mask=d < D)
+                if g == 0:
+                    tl.store(n_ptr + b * T + block, n)
         else:
             if v_ptr is not None:
                 total, n, peak = _block_sums(
@@ -126,7 +128,7 @@ def _over_blocks_kernel(
 ):  # fmt: skip
     """Grid (B G, D / CHANNELS): the mean of all keys, smoothed block means, the scale of v's channels.
 
-    center_ptr None: keys are not smoothed. k_bar_ptr, v_peak_ptr and v_scale_ptr may be None. LIMIT: v's largest code.
+    center_ptr None: it is not asked for. k_bar_ptr, v_peak_ptr and v_scale_ptr may be None. LIMIT: v's largest code.
     """
     head = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
@@ -172,6 +174,7 @@ def block_statistics(
     needs_v_bar: bool,
     smooth_k_bar: bool,
     needs_v_scale: bool = True,
+    of_keys: KeyBlocks | None = None,
 ) -> Statistics:
     """Statistics of blocks in visiting order.
 
@@ -184,6 +187,7 @@ def block_statistics(
         needs_v_bar: whether the means of v are wanted; they come along where its scales are.
         smooth_k_bar: whether `k_bar` is to be of the smoothed keys, where keys are smoothed at all.
         needs_v_scale: whether the scales of v are wanted, with a low-bit pv_format.
+        of_keys: what is known of the keys, which then are not read; nor is `k_bar` written.
     """
     (batch, key_heads, kv_len, dim), T = k.shape, num_blocks(k.shape[2], settings.block_k)
     heads, q_len = (0, 0) if q is None else q.shape[1:3]
@@ -192,15 +196,21 @@ def block_statistics(
     scales_v = scales_v and needs_v_scale
     new, reads_v = k.new_empty, needs_v_bar or scales_v
     float32 = torch.float32
-    q_mean, k_mean = new(batch, heads, M, dim, dtype=float32), new(batch, key_heads, T, dim, dtype=float32)
-    k_bar, n = new(batch, key_heads, T, dim), new(batch, T, dtype=float32)
+    q_mean, k_bar = new(batch, heads, M, dim, dtype=float32), new(batch, key_heads, T, dim)
+    if of_keys is None:
+        k_mean, n = new(batch, key_heads, T, dim, dtype=float32), new(batch, T, dtype=float32)
+        center = new(batch, key_heads, dim, dtype=float32) if smooths else None
+    else:
+        k_mean, n, center = of_keys.mean, of_keys.n, of_keys.center
     # To codes from float32, not by way of 16 bits.
     v_bar_type = float32 if scales_v and settings.rounds_means_values else k.dtype
     v_bar = new(batch, key_heads, T, dim, dtype=v_bar_type) if reads_v else k_bar
     q_scale = new(batch, heads, M, dtype=float32) if scales_q else None
     v_peak = new(batch, key_heads, T, dim, dtype=float32) if scales_v else None
-    late_k_bar = smooths and smooth_k_bar
-    num_q, num_k, block_d = batch * heads * M, batch * key_heads * T, padded_dim(dim)
+    finds_center = smooths and of_keys is None
+    late_k_bar = finds_center and smooth_k_bar
+    num_q, num_v, block_d = batch * heads * M, batch * key_heads * T * int(reads_v), padded_dim(dim)
+    num_k = batch * key_heads * T if of_keys is None else 0
     unit, strides = token_strides(k if q is None else q, k, v)
     # Many small programs were tuned on Hopper, in 16 bit at the default block sizes; elsewhere one warp gathers loads
     # until it spills.
@@ -212,20 +222,19 @@ def block_statistics(
         few = 104 if k.shape[0] * k.shape[1] == 1 else 96
         num_warps, elements, max_registers = 1, 2048, few if real is None else MAX_REGISTERS
     launch(
-        _statistics_kernel, (num_q + num_k * (1 + int(reads_v)),),
-        q, k, v if reads_v else None, real, order, q_mean, q_scale, k_mean, None if late_k_bar else k_bar, v_bar,
-        v_peak, n, *strides, 0 if real is None else real.stride(0),
+        _statistics_kernel, (num_q + num_k + num_v,),
+        q, k if of_keys is None else None, v if reads_v else None, real, order, q_mean, q_scale, k_mean,
+        None if late_k_bar else k_bar, v_bar, v_peak, n, *strides, 0 if real is None else real.stride(0),
         heads, key_heads, q_len, kv_len, M, T, num_q, num_k,
         D=dim, BLOCK_D=block_d, BLOCK_Q=settings.block_q, BLOCK_K=settings.block_k, ROWS=max(16, elements // block_d),
         LIMIT=FP8_MAX if settings.qk_format == "fp8" else INT8_MAX, UNIT=unit, num_warps=num_warps,
         maxnreg=max_registers,
     )  # fmt: skip
-    center = new(batch, key_heads, dim, dtype=float32) if smooths else None
     v_scale = None if v_peak is None else new(batch, key_heads, dim, dtype=float32)
-    if smooths or v_scale is not None:
+    if finds_center or v_scale is not None:
         launch(
             _over_blocks_kernel, (batch * key_heads, num_blocks(dim, 32)),
-            k_mean, n, v_peak, center, k_bar if late_k_bar else None, v_scale, key_heads, T,
+            k_mean, n, v_peak, center if finds_center else None, k_bar if late_k_bar else None, v_scale, key_heads, T,
             D=dim, CHANNELS=32, BLOCKS=512, LIMIT=FP8_MAX, num_warps=4, maxnreg=MAX_REGISTERS,
         )  # fmt: skip
     return Statistics(q_mean, k_mean, k_bar, v_bar, n, center, q_scale, v_scale)
