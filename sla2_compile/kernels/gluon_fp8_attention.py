@@ -163,35 +163,19 @@ def _attend(
         total = sum_in_thread(gl.zeros([64, 64], gl.float32, layout=scores_layout(1)))
         peak = total - float("inf")
         factor = scale * LOG2_E * q_scale
-        first = 0
-        if RAGGED:
-            # Apart, so that the other tiles' loop has nothing of it: the tile that may be short.
-            acc, peak, total, step = attend_to_tiles(
-                part, acc, peak, total, step, 0, gl.minimum(count, 1), num_tiles, q_smem, ones, k_smem, v_smem, full,
-                empty, k_tiles, v_tiles, numbers, first_block, scales, factor, bias, None, T, short_size, 0.0, 0,
-                False, True,
-            )  # fmt: skip
-            first = gl.minimum(count, 1)
         acc, peak, total, step = attend_to_tiles(
-            part, acc, peak, total, step, first, count, num_tiles, q_smem, ones, k_smem, v_smem, full, empty, k_tiles,
-            v_tiles, numbers, first_block, scales, factor, bias, None, T, short_size, 0.0, 0, False, False,
+            part, acc, peak, total, step, 0, count, num_tiles, q_smem, ones, k_smem, v_smem, full, empty, k_tiles,
+            v_tiles, numbers, first_block, scales, factor, bias, None, T, short_size, 0.0, False, RAGGED,
         )  # fmt: skip
         if not LINEAR:
             if logit_ptr is not None:
                 acc, total = acc * fraction, total * fraction
             words_ptr = bits_ptr + block * (2 * ((T + 63) // 64))
-            last = num_tiles - 1 if RAGGED else num_tiles
             acc, peak, total, step = attend_to_tiles(
-                part, acc, peak, total, step, count, last, num_tiles, q_smem, ones, k_smem, v_smem, full, empty,
+                part, acc, peak, total, step, count, num_tiles, num_tiles, q_smem, ones, k_smem, v_smem, full, empty,
                 k_tiles, v_tiles, numbers, first_block, scales, factor, MEAN_BIAS, words_ptr, T, short_size, last_bias,
-                count, True, False,
+                True, RAGGED,
             )  # fmt: skip
-            if RAGGED:
-                acc, peak, total, step = attend_to_tiles(
-                    part, acc, peak, total, step, last, num_tiles, num_tiles, q_smem, ones, k_smem, v_smem, full, empty,
-                    k_tiles, v_tiles, numbers, first_block, scales, factor, MEAN_BIAS, words_ptr, T, short_size,
-                    last_bias, count, True, True,
-                )  # fmt: skip
         # Of the next two tiles, which is this group's to fetch.
         own = (step + part) & 1
         if own == 0:

@@ -139,7 +139,7 @@ def states_in_slot(state_tiles, k_smem, v_smem, slot):
 def attend_to_tiles(
     part: gl.constexpr, acc, peak, total, step, first, last, num_tiles, q_smem, ones, k_smem, v_smem, full, empty,
     k_tiles, v_tiles, numbers, first_block, scales, factor, bias, words_ptr, T, short_size, last_bias,
-    count, MEANS: gl.constexpr, RAGGED: gl.constexpr,
+    MEANS: gl.constexpr, RAGGED: gl.constexpr,
 ):  # fmt: skip
     """Attend to a query block's tiles `first` to `last`, which is the next one, of `num_tiles`.
 
@@ -153,10 +153,9 @@ def attend_to_tiles(
         numbers, scales, first_block: see `write_tables`.
         factor: what makes of a product of codes a score in base 2, but for the keys' scale.
         bias: a whole number, added to scores in base 2.
-        words_ptr: for MEANS, the words of the block mask, from the first tile of means on, number `count`.
-        RAGGED: whether the tiles are the one that may be the last, short block, or have its mean.
-        short_size: keys of that block, or 64.
-        last_bias: what its mean weighs less than others', in base 2.
+        words_ptr: for MEANS, the words of the block mask.
+        short_size: keys of the first tile, fewer than 64 if it is the last, short block.
+        last_bias: what the mean of the last key block weighs less than others', in base 2.
 
     Returns:
         acc, peak, total, step.
@@ -172,7 +171,7 @@ def attend_to_tiles(
         zeros = gl.zeros([64, 64], gl.float32, layout=s_layout)
         token = warpgroup_mma(q_smem, k_smem.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
         if MEANS:
-            tile_words = words_ptr + another(2 * (i - count))
+            tile_words = words_ptr + another(2 * (i - first))
             low, high = own_bits(gl.load(tile_words), peak), own_bits(gl.load(tile_words + 1), peak)
         # While the scores are multiplied.
         if (step + part) & 1 == 0:
@@ -183,11 +182,14 @@ def attend_to_tiles(
                 fetch(k_tiles, v_tiles, numbers, first_block, i + 2, step + 2, k_smem, v_smem, full, empty)
         scores = warpgroup_mma_wait(0, deps=[token])
         tile_factor = gl.maximum(factor * _entry(scales, i), SMALLEST_FACTOR)
+        # Loops that run once or not at all: of a branch the assembler makes instructions that all tiles execute.
         if MEANS:
             if RAGGED:
-                scores = weigh_last(scores, tile_factor, another((T - 1) & 63), last_bias)
+                for _ in range(gl.where(i == last - 1, 1, 0)):
+                    scores = weigh_last(scores, tile_factor, another((T - 1) & 63), last_bias)
         elif RAGGED:
-            scores = mask_short(scores, short_size)
+            for _ in range(gl.where((i == 0) & (short_size < 64), 1, 0)):
+                scores = mask_short(scores, short_size)
         weights, peak, shrinks, acc = softmax(scores, peak, acc, low, high, tile_factor, bias, MEANS)
         if ones is None:
             total = total * shrinks + sum_in_thread(weights)
