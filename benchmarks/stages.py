@@ -17,7 +17,7 @@ DENSE = ("dense attention", ("flash", "cudnn", "sdpa", "fmha"))
 FORWARD: Rules = (
     DENSE,
     ("linear tail", ("linear", "states", "tail_sums", "nvjet", "cutlass", "gemm", "xmma")),
-    ("quantisation", ("low_bit", "key_codes")),
+    ("quantisation", ("low_bit", "codes", "one_pass")),
     ("block means", ("statistics",)),
     ("router", ("rout", "choose", "bits", "topk", "sort", "order")),
     ("sparse + tail", ("attention", "mixture")),

@@ -47,7 +47,7 @@ class Stages:
 
 
 def stored_order(length: int, device: torch.device) -> Tensor:
-    """What is at each place of `triton_low_bit.stored_key`'s order."""
+    """What is at each place of `triton_value_codes.stored_key`'s order."""
     place = torch.arange(length, device=device)
     return place // 16 * 16 + place % 16 // 4 * 2 + place % 2 + place % 4 // 2 * 8
 

@@ -19,10 +19,10 @@ from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.hardware import shared_memory
 from sla2_compile.kernels.launch_arguments import padded_dim
 from sla2_compile.kernels.settings import Settings, empty_output, empty_saved
-from sla2_compile.kernels.triton_key_codes import key_blocks
 from sla2_compile.kernels.triton_linear_state import fp8_tiles, linear_states
 from sla2_compile.kernels.triton_low_bit import low_bit_codes, num_stored_blocks
 from sla2_compile.kernels.triton_mixture import attention, attention_config
+from sla2_compile.kernels.triton_one_pass import one_pass, suits
 from sla2_compile.kernels.triton_router import Choice, route
 from sla2_compile.kernels.triton_statistics import block_statistics
 from sla2_compile.kernels.triton_token_order import visiting_order
@@ -85,7 +85,7 @@ def prepare(
 ) -> AttentionInputs:
     """Everything that the attention kernels read; `route`, the router's, writes `kept`.
 
-    saves: whether log-sum-exps are saved for a backward, which are those of keys smoothed by the mean of all.
+    saves: whether what a backward needs is saved: log-sum-exps of keys that the mean of all has smoothed.
     copy_engine: whether tensor descriptors may be used.
     """
     # Only tensors no model makes have another stride along D than 1.
@@ -100,19 +100,21 @@ def prepare(
     has_tail = slots < num_blocks(kv_len, settings.block_k)
     pooled, linear = (has_tail and settings.tail == tail for tail in ("pooled", "linear"))
     in_fp8 = fp8_tiles(q, k, v, slots, real, order, settings) if linear and copy_engine else None
-    of_keys = None
-    if settings.qk_format is not None and not linear:
-        stored = num_stored_blocks(num_blocks(kv_len, settings.block_k), settings, with_means=pooled)
-        of_keys = key_blocks(k, stored, real, order, settings, sampled=not saves)
+    keys = values = None
+    stored = num_stored_blocks(num_blocks(kv_len, settings.block_k), settings, with_means=pooled)
+    if settings.is_low_bit and copy_engine and not (saves or linear) and suits(k, real, order, settings):
+        keys, values = one_pass(k, v, stored, settings)
     statistics = block_statistics(
         q, k, v, real, order, settings, needs_v_bar=pooled, smooth_k_bar=settings.is_low_bit,
-        needs_v_scale=in_fp8 is None, of_keys=of_keys,
+        needs_v_scale=in_fp8 is None, of_keys=keys, of_values=values,
     )  # fmt: skip
     choice = route(
         statistics.q_mean, statistics.k_mean, statistics.n, proj_q, proj_k, kept, q.shape[2], kv_len, settings,
         masked=real is not None,
     )  # fmt: skip
-    states, key_codes = None, None if of_keys is None else of_keys.coded
+    states = None
+    key_codes = None if keys is None else keys.codes
+    value_codes = None if values is None else values.codes
     if linear:
         assert statistics.center is not None
         tail = linear_states(
@@ -123,7 +125,9 @@ def prepare(
         if tail.v_scale is not None:
             statistics = dataclasses.replace(statistics, v_scale=tail.v_scale)
     # Last, when the key blocks' states are gone: together they would take more than the inputs.
-    codes = low_bit_codes(k, v, statistics, real, order, settings, with_means=pooled, of_keys=key_codes)
+    codes = low_bit_codes(
+        k, v, statistics, real, order, settings, with_means=pooled, of_keys=key_codes, of_values=value_codes
+    )  # fmt: skip
     return AttentionInputs(
         q, k, v, kept, choice.bits, choice.num_nonempty, statistics, codes, states, alpha_logit, alpha_gain, real,
         order,

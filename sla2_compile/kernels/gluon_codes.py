@@ -29,8 +29,8 @@ def pack_fp8(x):
 
 
 @gluon.jit
-def _quotient(x, scale):
-    """x / scale as `triton_low_bit.to_codes` finds it, before it is rounded to a code."""
+def quotient(x, scale):
+    """x / scale as `triton_key_codes.to_codes` finds it, before it is rounded to a code."""
     inverse = gl.minimum(1 / scale, 1e38)
     quotient = x * inverse
     return gl.fma(gl.fma(-quotient, scale, x), inverse, quotient)
@@ -38,8 +38,8 @@ def _quotient(x, scale):
 
 @gluon.jit
 def to_codes(x, scale, dtype: gl.constexpr):
-    """Float32 tokens as codes, rounded to nearest even like `triton_low_bit.to_codes`, packed four at a time."""
-    x = _quotient(x, scale)
+    """Float32 tokens as codes, rounded to nearest even like `triton_key_codes.to_codes`, packed four at a time."""
+    x = quotient(x, scale)
     if dtype == gl.float8e4nv:
         return pack_fp8(x)
     else:
@@ -62,7 +62,7 @@ def quarters(x):
 @gluon.jit
 def to_code_words(x, scale, FP8: gl.constexpr):
     """As `to_codes`, four codes in a word of 32 bits: (R, C) to (R, C / 4). No quotient rounds to more than a code."""
-    x = _quotient(x, scale)
+    x = quotient(x, scale)
     if FP8:
         a, b, c, d = quarters(x)
         return gl.inline_asm_elementwise(FP8_WORD, "=r,f,f,f,f", [a, b, c, d], dtype=gl.int32, is_pure=True, pack=1)
@@ -73,7 +73,7 @@ def to_code_words(x, scale, FP8: gl.constexpr):
 
 @gluon.jit
 def in_stored_order(x):
-    """Columns of `x` in the order of `triton_low_bit.stored_key`; moves nothing between threads."""
+    """Columns of `x` in the order of `triton_value_codes.stored_key`; moves nothing between threads."""
     ROWS: gl.constexpr = x.shape[0]
     COLUMNS: gl.constexpr = x.shape[1]
     x = gl.permute(gl.reshape(x, [ROWS, COLUMNS // 16, 2, 4, 2]), (0, 1, 3, 2, 4))

@@ -169,7 +169,7 @@ def _softmax(scores, peak, factor, bias, FP8: gl.constexpr, SHIFTED: gl.constexp
 def to_operand(weights, dtype: gl.constexpr, layout: gl.constexpr):
     """Probabilities as the left operand of the product with the values; moves nothing between threads.
 
-    8-bit ones come in the order in which `triton_low_bit.stored_key` has the values.
+    8-bit ones come in the order in which `triton_value_codes.stored_key` has the values.
     """
     if dtype == gl.float8e4nv:
         return pack_fp8(gl.convert_layout(in_stored_order(weights), layout))

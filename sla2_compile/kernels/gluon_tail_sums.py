@@ -36,7 +36,7 @@ from sla2_compile.kernels.gluon_tiles import ELEMENTS, matrix_tiles
 from sla2_compile.kernels.hardware import num_multiprocessors, shared_memory
 from sla2_compile.kernels.launch import launch
 from sla2_compile.kernels.launch_arguments import next_power_of_two
-from sla2_compile.kernels.triton_low_bit import in_stored_order as in_stored_order_of_triton
+from sla2_compile.kernels.triton_value_codes import in_stored_order as in_stored_order_of_triton
 
 # Query blocks of a program, key blocks of a tile, elements of a state that go together, query blocks that leave
 # together.

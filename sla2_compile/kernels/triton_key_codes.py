@@ -1,9 +1,4 @@
-"""Low-bit codes of keys, one scale for a block, after a center was subtracted from all of them.
-
-A softmax does not see which center: it shifts all scores of a row alike. So where keys meet nothing but a softmax, the
-center is the mean of some 2,000 of them, found beforehand, and one pass reads the keys for their codes and for means of
-blocks. The mean of all, which a linear tail's feature map needs, would first take a pass of its own.
-"""
+"""Low-bit codes of keys, one scale for a block, after a center was subtracted from all of them."""
 
 from __future__ import annotations
 
@@ -22,27 +17,12 @@ from sla2_compile.kernels.triton_backward_loads import heads_fastest, in_element
 from sla2_compile.quant.formats import FP8_MAX, INT8_MAX
 
 CODE_TYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
-# Keys that a center is the mean of, at most: by chance it is off by 1/45 of their standard deviation, which adds 1/2048
-# to what the codes have to cover.
-SAMPLES = 2048
-# Channels of a program that finds a center, and keys of one of its steps.
-CHANNELS, SAMPLES_OF_STEP = 16, 512
 
 
 @dataclass(frozen=True)
 class KeyCodes:
     codes: Tensor  # (B, G, T or more, block_k, D) of the smoothed keys, 0 where a key is not real
     scale: Tensor  # (B, G, T or more) float32
-
-
-@dataclass(frozen=True)
-class KeyBlocks:
-    """What one pass over the keys finds."""
-
-    coded: KeyCodes
-    center: Tensor  # (B, G, D) float32 what was subtracted
-    mean: Tensor  # (B, G, T, D) float32 of the real keys, from which nothing was subtracted
-    n: Tensor  # (B, T) float32 real keys
 
 
 @triton.jit
@@ -69,16 +49,12 @@ def _scale_of(largest, LIMIT: tl.constexpr):
 
 
 @triton.jit
-def _keys(ptr, real_ptr, order_ptr, position, N_KV, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(R, BLOCK_D) float32 keys at visited positions (R,) of one head, 0 where one is not real, and which ones are."""
+def _smoothed_keys(ptr, real_ptr, order_ptr, center, position, N_KV, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(R, BLOCK_D) float32 keys at visited positions (R,) of one head without their center; 0 where one is not real."""
     token = token_of(order_ptr, position, N_KV)
     real = is_real(real_ptr, token, position, N_KV)
-    return load_tile(ptr, token, real, stride, D, BLOCK_D).to(tl.float32), real
-
-
-@triton.jit
-def _smoothed(k, real, center):
-    return tl.where(real[:, None], k - center[None, :], 0.0)
+    k = load_tile(ptr, token, real, stride, D, BLOCK_D).to(tl.float32) - center[None, :]
+    return tl.where(real[:, None], k, 0.0)
 
 
 @triton.jit
@@ -87,47 +63,35 @@ def write_key_codes(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, FP8: tl.constexpr,
     LIMIT: tl.constexpr,
 ):  # fmt: skip
-    """Codes and scale of one block of a head's keys, a number of rows at a time.
-
-    Returns:
-        Sum (BLOCK_D,) of the real keys without smoothing, and how many there are, float32.
-    """
+    """Codes and scale of one block of a head's keys, ROWS at a time. LIMIT: the largest code."""
     d, place = tl.arange(0, BLOCK_D), tl.arange(0, ROWS)
     if ROWS == BLOCK_K:
         # Read once: what the scale was found in is still in registers.
-        k, real = _keys(k_ptr, real_ptr, order_ptr, first_token + place, N_KV, k_sn, D, BLOCK_D)
-        total, n = tl.sum(k, 0), tl.sum(real.to(tl.float32), 0)
-        k = _smoothed(k, real, center)
+        k = _smoothed_keys(k_ptr, real_ptr, order_ptr, center, first_token + place, N_KV, k_sn, D, BLOCK_D)
         scale = _scale_of(tl.max(tl.max(tl.abs(k), 1), 0), LIMIT)
         tl.store(codes_ptr + (place * D)[:, None] + d[None, :], to_codes(k, scale, FP8), (d < D)[None, :])
     else:
-        total, n, largest = tl.zeros([BLOCK_D], tl.float32), tl.zeros([], tl.float32), tl.zeros([], tl.float32)
+        largest = tl.zeros([], tl.float32)
         for first in tl.range(0, BLOCK_K, ROWS, num_stages=1):
-            k, real = _keys(k_ptr, real_ptr, order_ptr, first_token + first + place, N_KV, k_sn, D, BLOCK_D)
-            total, n = total + tl.sum(k, 0), n + tl.sum(real.to(tl.float32), 0)
-            largest = tl.maximum(largest, tl.max(tl.max(tl.abs(_smoothed(k, real, center)), 1), 0))
+            position = first_token + first + place
+            k = _smoothed_keys(k_ptr, real_ptr, order_ptr, center, position, N_KV, k_sn, D, BLOCK_D)
+            largest = tl.maximum(largest, tl.max(tl.max(tl.abs(k), 1), 0))
         scale = _scale_of(largest, LIMIT)
         for first in tl.range(0, BLOCK_K, ROWS, num_stages=1):
-            k, real = _keys(k_ptr, real_ptr, order_ptr, first_token + first + place, N_KV, k_sn, D, BLOCK_D)
+            position = first_token + first + place
+            k = _smoothed_keys(k_ptr, real_ptr, order_ptr, center, position, N_KV, k_sn, D, BLOCK_D)
             ptrs = codes_ptr + ((first + place) * D)[:, None] + d[None, :]
-            tl.store(ptrs, to_codes(_smoothed(k, real, center), scale, FP8), (d < D)[None, :])
+            tl.store(ptrs, to_codes(k, scale, FP8), (d < D)[None, :])
     tl.store(scale_ptr, scale)
-    if real_ptr is None:
-        n = tl.minimum(BLOCK_K, N_KV - first_token).to(tl.float32)
-    return total, n
 
 
 @triton.jit
 def _key_codes_kernel(
-    k_ptr, real_ptr, order_ptr, center_ptr, codes_ptr, scale_ptr, mean_ptr, n_ptr, k_sb, k_sh, k_sn, real_sb, G, N_KV,
-    T, num_stored,
+    k_ptr, real_ptr, order_ptr, center_ptr, codes_ptr, scale_ptr, k_sb, k_sh, k_sn, real_sb, G, N_KV, T, num_stored,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, FP8: tl.constexpr,
     LIMIT: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B G T,): blocks of keys; heads vary fastest, as they do in memory.
-
-    mean_ptr None: neither means nor counts are wanted.
-    """
+    """Grid (B G T,): blocks of keys; heads vary fastest, as they do in memory."""
     k_sb, k_sh, k_sn = in_elements((k_sb, k_sh, k_sn), UNIT)
     b, g, block = heads_fastest(tl.program_id(0).to(tl.int64), G, T)
     head = b * G + g
@@ -136,36 +100,10 @@ def _key_codes_kernel(
         real_ptr += b * real_sb
     d = tl.arange(0, BLOCK_D)
     center = tl.load(center_ptr + head * D + d, mask=d < D, other=0.0)
-    total, n = write_key_codes(
+    write_key_codes(
         k_ptr + b * k_sb + g * k_sh, real_ptr, order_ptr, center, codes_ptr + row * BLOCK_K * D, scale_ptr + row,
         block * BLOCK_K, N_KV, k_sn, D, BLOCK_D, BLOCK_K, ROWS, FP8, LIMIT,
     )  # fmt: skip
-    if mean_ptr is not None:
-        tl.store(mean_ptr + (head * T + block) * D + d, total / tl.maximum(n, 1.0), mask=d < D)
-        if g == 0:
-            tl.store(n_ptr + b * T + block, n)
-
-
-@triton.jit
-def _center_kernel(
-    k_ptr, real_ptr, center_ptr, k_sb, k_sh, k_sn, real_sb, G, N_KV, step,
-    D: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr,
-):  # fmt: skip
-    """Grid (B G, D / CHANNELS): the mean of those that are real of every `step`-th key; 0 if none is."""
-    k_sb, k_sh, k_sn = in_elements((k_sb, k_sh, k_sn), UNIT)
-    head = tl.program_id(0).to(tl.int64)
-    b, g = head // G, head % G
-    d = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    k_ptr += b * k_sb + g * k_sh
-    if real_ptr is not None:
-        real_ptr += b * real_sb
-    total, n = tl.zeros([CHANNELS], tl.float32), tl.zeros([], tl.float32)
-    for first in range(0, N_KV, ROWS * step):
-        token = first + tl.arange(0, ROWS).to(tl.int64) * step
-        real = is_real(real_ptr, token, token, N_KV)
-        k = tl.load(k_ptr + token[:, None] * k_sn + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0)
-        total, n = total + tl.sum(k.to(tl.float32), 0), n + tl.sum(real.to(tl.float32), 0)
-    tl.store(center_ptr + head * D + d, total / tl.maximum(n, 1.0), mask=d < D)
 
 
 def key_rows(block_d: int, settings: Settings) -> int:
@@ -173,60 +111,35 @@ def key_rows(block_d: int, settings: Settings) -> int:
     return min(settings.block_k, max(16, 8192 // block_d))
 
 
-def launch_key_codes(
-    k: Tensor,
-    center: Tensor,
-    coded: KeyCodes,
-    mean: Tensor | None,
-    n: Tensor | None,
-    real: Tensor | None,
-    order: Tensor | None,
-    settings: Settings,
-) -> None:
-    """Write codes and scales of all blocks of k (B, G, N_kv, D), and where they are given, their means and counts."""
-    (batch, heads, kv_len, dim), (unit, strides) = k.shape, token_strides(k)
-    T, block_d, is_fp8 = num_blocks(kv_len, settings.block_k), padded_dim(dim), settings.qk_format == "fp8"
-    launch(
-        _key_codes_kernel, (batch * heads * T,),
-        k, real, order, center, coded.codes, coded.scale, mean, n, *strides, 0 if real is None else real.stride(0),
-        heads, kv_len, T, coded.scale.shape[2],
-        D=dim, BLOCK_D=block_d, BLOCK_K=settings.block_k, ROWS=key_rows(block_d, settings),
-        FP8=is_fp8, LIMIT=FP8_MAX if is_fp8 else INT8_MAX, UNIT=unit, num_warps=4, maxnreg=MAX_REGISTERS,
-    )  # fmt: skip
-
-
 def empty_key_codes(k: Tensor, num_stored: int, settings: Settings) -> KeyCodes:
-    """Uninitialised codes of k's blocks, and of others behind them, `num_stored` in all, in the settings' qk_format."""
+    """Uninitialised codes of `num_stored` blocks of k's heads, in the settings' qk_format, which is one."""
     assert settings.qk_format is not None
     (batch, heads, _, dim), dtype = k.shape, CODE_TYPES[settings.qk_format]
     codes = k.new_empty(batch, heads, num_stored, settings.block_k, dim, dtype=dtype)
     return KeyCodes(codes, k.new_empty(batch, heads, num_stored, dtype=torch.float32))
 
 
-def key_blocks(
-    k: Tensor, num_stored: int, real: Tensor | None, order: Tensor | None, settings: Settings, *, sampled: bool
-) -> KeyBlocks:
-    """Codes and means of k's blocks in one pass, for keys that meet nothing but a softmax.
+def key_codes(
+    k: Tensor, center: Tensor, num_stored: int, real: Tensor | None, order: Tensor | None, settings: Settings
+) -> KeyCodes:
+    """Codes of k's blocks, with room for `num_stored`, in the settings' qk_format, which is one.
 
     Args:
         k: (B, G, N_kv, D), last stride 1.
+        center: (B, G, D) float32 what smoothing subtracts.
         num_stored: blocks to have room for, at least k's.
         real: (B, N_kv) bool, True where a key is real; None: all are.
         order: (N,) int32 the model's token at each visited position; None keeps the model's order.
         settings: the op's.
-        sampled: whether the center may be the mean of some of the keys.
     """
     (batch, heads, kv_len, dim), (unit, strides) = k.shape, token_strides(k)
-    T, float32 = num_blocks(kv_len, settings.block_k), torch.float32
-    center, mean = k.new_empty(batch, heads, dim, dtype=float32), k.new_empty(batch, heads, T, dim, dtype=float32)
-    n = k.new_empty(batch, T, dtype=float32)
-    # An odd step, as rows of an image rarely have an odd number of tokens: it comes to all of their places.
-    step = num_blocks(kv_len, SAMPLES) | 1 if sampled else 1
+    T, block_d, is_fp8 = num_blocks(kv_len, settings.block_k), padded_dim(dim), settings.qk_format == "fp8"
+    found = empty_key_codes(k, num_stored, settings)
     launch(
-        _center_kernel, (batch * heads, num_blocks(dim, CHANNELS)),
-        k, real, center, *strides, 0 if real is None else real.stride(0), heads, kv_len, step,
-        D=dim, CHANNELS=CHANNELS, ROWS=SAMPLES_OF_STEP, UNIT=unit, num_warps=4, maxnreg=MAX_REGISTERS,
+        _key_codes_kernel, (batch * heads * T,),
+        k, real, order, center, found.codes, found.scale, *strides, 0 if real is None else real.stride(0), heads,
+        kv_len, T, num_stored,
+        D=dim, BLOCK_D=block_d, BLOCK_K=settings.block_k, ROWS=key_rows(block_d, settings), FP8=is_fp8,
+        LIMIT=FP8_MAX if is_fp8 else INT8_MAX, UNIT=unit, num_warps=4, maxnreg=MAX_REGISTERS,
     )  # fmt: skip
-    coded = empty_key_codes(k, num_stored, settings)
-    launch_key_codes(k, center, coded, mean, n, real, order, settings)
-    return KeyBlocks(coded, center, mean, n)
+    return found

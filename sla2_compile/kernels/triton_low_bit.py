@@ -1,10 +1,9 @@
 """Low-bit codes of k and v, written once in visiting order for the attention kernel to read many times.
 
-Keys: one scale per block after smoothing, see `triton_key_codes.py`. Values: FP8 with one scale per channel over all
-keys, each block transposed, since 8-bit tensor cores want both operands of P V contiguous along the keys. Scales are
-those of `quant/formats.py`. The means that a pooled tail attends to follow as if they were more blocks of keys and
-values: kept keys and means then are one stretch of tiles to a kernel. Means of values are FP8 only where keys are too
-(`quant/formats.py`), with the values' scales, so that both add up in one sum.
+See `triton_key_codes.py` and `triton_value_codes.py`; scales are those of `quant/formats.py`. The means that a pooled
+tail attends to follow as if they were more blocks of keys and values: kept keys and means then are one stretch of tiles
+to a kernel. Means of values are FP8 only where keys are too (`quant/formats.py`), with the values' scales, so that both
+add up in one sum.
 
 Queries have no codes in memory: only the attention kernel reads them, once, and it rounds them itself by the scales
 that `triton_statistics.py` found.
@@ -22,19 +21,12 @@ from torch import Tensor
 
 from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.launch import launch
-from sla2_compile.kernels.launch_arguments import MAX_REGISTERS, padded_dim, token_strides
+from sla2_compile.kernels.launch_arguments import MAX_REGISTERS, padded_dim
 from sla2_compile.kernels.settings import Settings
-from sla2_compile.kernels.triton_backward_loads import heads_fastest, in_elements, is_real, load_tile, token_of
-from sla2_compile.kernels.triton_key_codes import (
-    CODE_TYPES,
-    KeyCodes,
-    empty_key_codes,
-    key_rows,
-    launch_key_codes,
-    to_codes,
-    write_key_codes,
-)
+from sla2_compile.kernels.triton_backward_loads import heads_fastest
+from sla2_compile.kernels.triton_key_codes import KeyCodes, key_codes, key_rows, write_key_codes
 from sla2_compile.kernels.triton_statistics import Statistics
+from sla2_compile.kernels.triton_value_codes import value_codes, value_rows, write_value_codes
 from sla2_compile.quant.formats import FP8_MAX, INT8_MAX
 
 
@@ -49,39 +41,6 @@ class Codes:
     v_scale: Tensor | None  # (B, G, D) float32
     num_stored: int  # T + S: the S blocks past the keys' T hold the means that a pooled tail attends to
     has_means_values: bool  # of v too: they are not written otherwise
-
-
-@triton.jit
-def stored_key(place):
-    """The key of a group of 16 that is stored at `place`.
-
-    Tensor cores leave a row's scores with each thread as keys 2c, 2c + 1, 2c + 8, 2c + 9 and want its probabilities,
-    in 8 bits, as keys 4c to 4c + 3. A sum over keys does not mind their order, so the values come in the scores'.
-    """
-    return place // 16 * 16 + place % 16 // 4 * 2 + place % 2 + place % 4 // 2 * 8
-
-
-@triton.jit
-def in_stored_order(probs, ROWS: tl.constexpr, KEYS: tl.constexpr):
-    """Columns of `probs` (ROWS, KEYS) in the order of `stored_key`; moves nothing between threads."""
-    probs = tl.reshape(probs, [ROWS, KEYS // 16, 2, 4, 2])
-    return tl.reshape(tl.permute(probs, (0, 1, 3, 2, 4)), [ROWS, KEYS])
-
-
-@triton.jit
-def _write_value_codes(
-    v_ptr, real_ptr, order_ptr, scale, codes_ptr, first_token, N_KV, v_sn,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Codes of one block of a head's values, transposed."""
-    d, place = tl.arange(0, BLOCK_D), tl.arange(0, ROWS)
-    for first in tl.range(0, BLOCK_K, ROWS, num_stages=1):
-        position = first_token + first + stored_key(place)
-        token = token_of(order_ptr, position, N_KV)
-        real = is_real(real_ptr, token, position, N_KV)
-        v = load_tile(v_ptr, token, real, v_sn, D, BLOCK_D).to(tl.float32)
-        ptrs = codes_ptr + (d * BLOCK_K)[:, None] + (first + place)[None, :]
-        tl.store(ptrs, tl.trans(to_codes(v, scale[None, :], True)), mask=(d < D)[:, None])
 
 
 @triton.jit
@@ -103,29 +62,10 @@ def _means_codes_kernel(
     )  # fmt: skip
     if v_bar_ptr is not None:
         v_scale = tl.load(v_scale_ptr + head * D + d, mask=d < D, other=1.0)
-        _write_value_codes(
+        write_value_codes(
             v_bar_ptr + head * T * D, None, None, v_scale, v_codes_ptr + row * D * BLOCK_K, block * BLOCK_K, T, D, D,
             BLOCK_D, BLOCK_K, VALUE_ROWS,
         )  # fmt: skip
-
-
-@triton.jit
-def _value_codes_kernel(
-    v_ptr, real_ptr, order_ptr, scale_ptr, codes_ptr, v_sb, v_sh, v_sn, real_sb, G, N_KV, T, num_stored,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr, UNIT: tl.constexpr,
-):  # fmt: skip
-    """Grid (B G T,): blocks of values; heads vary fastest, as they do in memory. ROWS: values of a step."""
-    v_sb, v_sh, v_sn = in_elements((v_sb, v_sh, v_sn), UNIT)
-    b, g, block = heads_fastest(tl.program_id(0).to(tl.int64), G, T)
-    head = b * G + g
-    if real_ptr is not None:
-        real_ptr += b * real_sb
-    d = tl.arange(0, BLOCK_D)
-    scale = tl.load(scale_ptr + head * D + d, mask=d < D, other=1.0)
-    _write_value_codes(
-        v_ptr + b * v_sb + g * v_sh, real_ptr, order_ptr, scale, codes_ptr + (head * num_stored + block) * D * BLOCK_K,
-        block * BLOCK_K, N_KV, v_sn, D, BLOCK_D, BLOCK_K, ROWS,
-    )  # fmt: skip
 
 
 def num_stored_blocks(T: int, settings: Settings, *, with_means: bool) -> int:
@@ -143,44 +83,33 @@ def low_bit_codes(
     *,
     with_means: bool,
     of_keys: KeyCodes | None = None,
+    of_values: Tensor | None = None,
 ) -> Codes:
     """Codes of k and v (B, G, N_kv, D), last stride 1, in the settings' formats; without one nothing is launched.
 
     with_means: of their blocks' means too, of values only where they are rounded. They are rounded once, from float32.
-    of_keys: codes of keys that there are already, with room for those of their means where these are wanted.
+    of_keys, of_values: codes that there are already, with room for those of means where these are wanted.
     """
-    (batch, heads, kv_len, dim), T = k.shape, statistics.n.shape[1]
-    num_stored, block_k, block_d = (
-        num_stored_blocks(T, settings, with_means=with_means),
-        settings.block_k,
-        padded_dim(dim),
-    )
-    v_codes = None
+    (batch, heads, _, dim), T = k.shape, statistics.n.shape[1]
+    num_stored = num_stored_blocks(T, settings, with_means=with_means)
     if settings.qk_format is not None and of_keys is None:
         assert statistics.center is not None
-        of_keys = empty_key_codes(k, num_stored, settings)
-        launch_key_codes(k, statistics.center, of_keys, None, None, real, order, settings)
-    value_rows = min(block_k, max(16, 4096 // block_d))
-    if settings.pv_format is not None:
-        v_codes = v.new_empty(batch, heads, num_stored, dim, block_k, dtype=CODE_TYPES[settings.pv_format])
-        unit, strides = token_strides(v)
-        launch(
-            _value_codes_kernel, (batch * heads * T,),
-            v, real, order, statistics.v_scale, v_codes, *strides, 0 if real is None else real.stride(0), heads, kv_len,
-            T, num_stored,
-            D=dim, BLOCK_D=block_d, BLOCK_K=block_k, ROWS=value_rows, UNIT=unit, num_warps=4, maxnreg=MAX_REGISTERS,
-        )  # fmt: skip
+        of_keys = key_codes(k, statistics.center, num_stored, real, order, settings)
+    if settings.pv_format is not None and of_values is None:
+        assert statistics.v_scale is not None
+        of_values = value_codes(v, statistics.v_scale, num_stored, real, order, settings)
     has_means_values = num_stored > T and settings.rounds_means_values
     if num_stored > T:
         assert of_keys is not None
-        is_fp8 = settings.qk_format == "fp8"
+        block_d, is_fp8 = padded_dim(dim), settings.qk_format == "fp8"
         launch(
             _means_codes_kernel, (batch * heads * (num_stored - T),),
             statistics.k_mean, statistics.v_bar if has_means_values else None, statistics.n, statistics.center,
-            statistics.v_scale, of_keys.codes, of_keys.scale, v_codes if has_means_values else None, heads, T,
+            statistics.v_scale, of_keys.codes, of_keys.scale, of_values if has_means_values else None, heads, T,
             num_stored,
-            D=dim, BLOCK_D=block_d, BLOCK_K=block_k, ROWS=key_rows(block_d, settings), VALUE_ROWS=value_rows,
-            FP8_KEYS=is_fp8, LIMIT=FP8_MAX if is_fp8 else INT8_MAX, num_warps=4, maxnreg=MAX_REGISTERS,
+            D=dim, BLOCK_D=block_d, BLOCK_K=settings.block_k, ROWS=key_rows(block_d, settings),
+            VALUE_ROWS=value_rows(block_d, settings), FP8_KEYS=is_fp8, LIMIT=FP8_MAX if is_fp8 else INT8_MAX,
+            num_warps=4, maxnreg=MAX_REGISTERS,
         )  # fmt: skip
     k_codes, k_scale = (None, None) if of_keys is None else (of_keys.codes, of_keys.scale)
-    return Codes(statistics.q_scale, k_codes, k_scale, v_codes, statistics.v_scale, num_stored, has_means_values)
+    return Codes(statistics.q_scale, k_codes, k_scale, of_values, statistics.v_scale, num_stored, has_means_values)

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from sla2_compile.kernels.triton_backward_feature_map import to_finite
 from sla2_compile.kernels.triton_backward_loads import is_real, load_tile, scores_in_float32, token_of
-from sla2_compile.kernels.triton_low_bit import in_stored_order
+from sla2_compile.kernels.triton_value_codes import in_stored_order
 from sla2_compile.quant import formats
 
 LOG2_E = tl.constexpr(1.4426950408889634)

@@ -21,7 +21,7 @@ from sla2_compile.kernels.launch import launch
 from sla2_compile.kernels.launch_arguments import MAX_REGISTERS, padded_dim, token_strides
 from sla2_compile.kernels.settings import Settings
 from sla2_compile.kernels.triton_backward_loads import heads_fastest, in_elements, is_real, load_tile, token_of
-from sla2_compile.kernels.triton_key_codes import KeyBlocks
+from sla2_compile.kernels.triton_one_pass import KeyPass, ValuePass
 from sla2_compile.quant.formats import FP8_MAX, INT8_MAX
 
 
@@ -174,7 +174,8 @@ def block_statistics(
     needs_v_bar: bool,
     smooth_k_bar: bool,
     needs_v_scale: bool = True,
-    of_keys: KeyBlocks | None = None,
+    of_keys: KeyPass | None = None,
+    of_values: ValuePass | None = None,
 ) -> Statistics:
     """Statistics of blocks in visiting order.
 
@@ -187,14 +188,14 @@ def block_statistics(
         needs_v_bar: whether the means of v are wanted; they come along where its scales are.
         smooth_k_bar: whether `k_bar` is to be of the smoothed keys, where keys are smoothed at all.
         needs_v_scale: whether the scales of v are wanted, with a low-bit pv_format.
-        of_keys: what is known of the keys, which then are not read; nor is `k_bar` written.
+        of_keys, of_values: what is known of k or v, which then is not read; nor is `k_bar` written.
     """
     (batch, key_heads, kv_len, dim), T = k.shape, num_blocks(k.shape[2], settings.block_k)
     heads, q_len = (0, 0) if q is None else q.shape[1:3]
     M, smooths = num_blocks(q_len, settings.block_q), settings.smooths_keys
     scales_q, scales_v = (q is not None and x is not None for x in (settings.qk_format, settings.pv_format))
-    scales_v = scales_v and needs_v_scale
-    new, reads_v = k.new_empty, needs_v_bar or scales_v
+    scales_v = scales_v and needs_v_scale and of_values is None
+    new, reads_v = k.new_empty, of_values is None and (needs_v_bar or scales_v)
     float32 = torch.float32
     q_mean, k_bar = new(batch, heads, M, dim, dtype=float32), new(batch, key_heads, T, dim)
     if of_keys is None:
@@ -209,8 +210,8 @@ def block_statistics(
     v_peak = new(batch, key_heads, T, dim, dtype=float32) if scales_v else None
     finds_center = smooths and of_keys is None
     late_k_bar = finds_center and smooth_k_bar
-    num_q, num_v, block_d = batch * heads * M, batch * key_heads * T * int(reads_v), padded_dim(dim)
-    num_k = batch * key_heads * T if of_keys is None else 0
+    num_q, block_d = batch * heads * M, padded_dim(dim)
+    num_k, num_v = (batch * key_heads * T * int(reads) for reads in (of_keys is None, reads_v))
     unit, strides = token_strides(k if q is None else q, k, v)
     # Many small programs were tuned on Hopper, in 16 bit at the default block sizes; elsewhere one warp gathers loads
     # until it spills.
@@ -237,4 +238,6 @@ def block_statistics(
             k_mean, n, v_peak, center if finds_center else None, k_bar if late_k_bar else None, v_scale, key_heads, T,
             D=dim, CHANNELS=32, BLOCKS=512, LIMIT=FP8_MAX, num_warps=4, maxnreg=MAX_REGISTERS,
         )  # fmt: skip
+    if of_values is not None:
+        v_bar, v_scale = of_values.mean, of_values.scale
     return Statistics(q_mean, k_mean, k_bar, v_bar, n, center, q_scale, v_scale)
