@@ -20,14 +20,17 @@ from sla2_compile.kernels.settings import Settings
 from sla2_compile.kernels.tensor_rows import matrix_steps
 from sla2_compile.quant.formats import FP8_MAX, INT8_MAX
 
-# Of keys, of a thread at a time.
-_NUMBERS = gl.constexpr(64)
-
 
 @gluon.constexpr_function
 def _rows_layout(dim):
     """Rows over a warp, eight channels a thread."""
     return gl.BlockedLayout([1, 8], [256 // dim, dim // 8], [1, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def _rows_at_once(dim):
+    """So many that a thread has 64 numbers of them."""
+    return 2048 // dim
 
 
 @gluon.jit
@@ -79,8 +82,8 @@ def _key_blocks_kernel(
 ):  # fmt: skip
     """Grid (B G T,): blocks of keys. codes_ptr: words of four codes."""
     D: gl.constexpr = k_tiles.block_type.shape[1]
-    # At a time, and how many of them are in different threads.
-    ROWS: gl.constexpr = 32 * _NUMBERS // D
+    # And how many of them are in different threads.
+    ROWS: gl.constexpr = _rows_at_once(D)
     BETWEEN: gl.constexpr = 256 // D
     smem = gl.allocate_shared_memory(k_tiles.dtype, k_tiles.block_type.shape, k_tiles.layout)
     full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -164,7 +167,7 @@ def _value_blocks_kernel(
         scales = scales + (gl.load(scale_ptr + head * D + part * 64 + channel),)
     mbarrier.wait(full, 0)
     if num_real < 64:
-        _fill(smem, num_real, gl.zeros([D], gl.float32, layout=gl.SliceLayout(0, _rows_layout(D))), 2048 // D)
+        _fill(smem, num_real, gl.zeros([D], gl.float32, layout=gl.SliceLayout(0, _rows_layout(D))), _rows_at_once(D))
     for part in gl.static_range(D // 64):
         total, largest = None, None
         for i in gl.static_range(2):
@@ -188,7 +191,7 @@ def write_key_blocks(
     """Write codes and means of k (B, G, N_kv, D); False where its layout forbids it.
 
     Args:
-        k: all real and in the model's order; `suits` says yes.
+        k: all real and in the model's order; `triton_one_pass.suits` them.
         center: (B, G, D) float32 what to subtract before rounding.
         codes: (B, G, T or more, block_k, D).
         scale: (B, G, T or more) float32.
@@ -212,7 +215,7 @@ def write_value_blocks(v: Tensor, scale: Tensor, codes: Tensor, mean: Tensor, pe
     """Write codes, means and largest absolute values of v (B, G, N_kv, D); False where its layout forbids it.
 
     Args:
-        v: all real and in the model's order; `suits` says yes.
+        v: all real and in the model's order; `triton_one_pass.suits` them.
         scale: (B, G, D) float32. Values beyond its range get the largest code.
         codes: (B, G, T or more, D, block_k) FP8, keys in the order of `triton_value_codes.stored_key`.
         mean: (B, G, T, D).
