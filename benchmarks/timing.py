@@ -28,6 +28,8 @@ Function = Callable[..., Any]
 InputSets = Sequence[tuple[Any, ...]]
 
 MAX_RUNS = 100
+# Turns of the loop that tells how fast the host is.
+HOST_LOOP = 200_000
 # Together the input sets are this many times the second-level cache.
 CACHE_MULTIPLE = 4
 
@@ -36,13 +38,15 @@ CACHE_MULTIPLE = 4
 class Timing:
     """Times of one function. `first_s` includes compilation; `ms` is the median of `num_runs` calls.
 
-    `spread` is the distance of the 10th from the 90th percentile as a share of the median.
+    `spread` is the distance of the 10th from the 90th percentile as a share of the median. `host_loop_ms` is what
+    `host_loop_ms` took behind the calls.
     """
 
     ms: float
     spread: float
     num_runs: int
     first_s: float
+    host_loop_ms: float
 
 
 def synchronize(device: torch.device) -> None:
@@ -81,7 +85,15 @@ def measure(function: Function, input_sets: InputSets, *, budget_s: float, min_r
     num_runs = min(MAX_RUNS, max(min_runs, int(budget_s / max(estimate_s, 1e-6))))
     times = _call_times(function, input_sets, num_runs)
     deciles = quantiles(times, n=10) if len(times) > 1 else [times[0]] * 9
-    return Timing(median(times), (deciles[8] - deciles[0]) / median(times), num_runs, first_s)
+    return Timing(median(times), (deciles[8] - deciles[0]) / median(times), num_runs, first_s, host_loop_ms())
+
+
+def host_loop_ms() -> float:
+    """Milliseconds of a fixed Python loop. A processor that others share is slower at times, and then so are calls."""
+    begin = time.perf_counter()
+    for _ in range(HOST_LOOP):
+        pass
+    return (time.perf_counter() - begin) * 1e3
 
 
 def _call_times(function: Function, input_sets: InputSets, num_runs: int) -> list[float]:

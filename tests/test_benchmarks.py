@@ -137,6 +137,23 @@ def test_a_target_passes_only_with_every_ratio_measured(
     assert checks["720p forward, 16-bit, pooled, row"] == "not run"
 
 
+def test_a_slow_call_from_python_is_told_from_a_slow_host(load: Any) -> None:
+    report, cases = load("attention_report"), load("attention_cases")
+    shape = (1, 12, cases.NEVER_SLOWER_LENGTH, 128)
+    labels = {"section": "sweep of N", "sparsity": cases.NEVER_SLOWER_SPARSITY, "shape": shape}
+    rows = [
+        {**labels, "name": report.CUDNN, "ms": 0.6, "replay_ms": 0.6, "host_loop_ms": 2.5},
+        {**labels, "name": "SLA2", "ms": 0.8, "replay_ms": 0.1, "host_loop_ms": 5.0},
+    ]
+    graphs, called = (
+        next(check for check in report.check_targets(rows) if how in check["target"])
+        for how in ("as graphs", "called from Python")
+    )
+    assert (graphs["verdict"], called["verdict"]) == ("pass", "FAIL")
+    assert "host" not in graphs["by"]
+    assert "host 2.0 times as slow as at best" in called["by"]
+
+
 def test_a_model_variant_that_raised_stays_in_the_table(load: Any, capsys: pytest.CaptureFixture[str]) -> None:
     model = load("model")
     rows = [
