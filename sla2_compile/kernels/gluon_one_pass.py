@@ -75,7 +75,8 @@ def _write_words(codes_ptr, first, words, num_real):
         gl.store(pointers, words * 0, mask=(row >= num_real)[:, None])
 
 
-@gluon.jit
+# A number of heads that is 1 would be a constant to the compiler, which then holds a whole block in registers.
+@gluon.jit(do_not_specialize=["G"])
 def _key_blocks_kernel(
     k_tiles, center_ptr, codes_ptr, scale_ptr, mean_ptr, n_ptr, k_rows, k_head_rows, k_columns, G, N_KV, T, num_stored,
     limit, FP8: gl.constexpr,
