@@ -34,8 +34,8 @@ class Case:
     qk_format: str | None = "fp8"
     pv_format: str | None = "fp8"
     heads_apart: bool = False  # (B, H, N, D) in memory
-    outlier: float = 0.0  # what a value is that is no sample, or the samples' size where all others are 0
-    fading: bool = False  # all values of a channel but the samples are small, and these
+    outlier: float = 0.0  # one value that is no sample
+    fading: bool = False  # in one channel samples are larger than all others, in another they alone are 0
     samples: int = 1024
     device: str = "cpu"
 
