@@ -38,8 +38,8 @@ CACHE_MULTIPLE = 4
 class Timing:
     """Times of one function. `first_s` includes compilation; `ms` is the median of `num_runs` calls.
 
-    `spread` is the distance of the 10th from the 90th percentile as a share of the median. `host_loop_ms` is what
-    `host_loop_ms` took behind the calls.
+    `spread` is the distance of the 10th from the 90th percentile as a share of the median. `host_loop_ms` tells
+    how fast the host was: what the function of that name took behind the calls.
     """
 
     ms: float

@@ -101,11 +101,13 @@ def prepare(
     pooled, linear = (has_tail and settings.tail == tail for tail in ("pooled", "linear"))
     in_fp8 = fp8_tiles(q, k, v, slots, real, order, settings) if linear and copy_engine else None
     keys = values = None
-    stored = num_stored_blocks(num_blocks(kv_len, settings.block_k), settings, with_means=pooled)
     if settings.is_low_bit and copy_engine and not (saves or linear) and suits(k, real, order, settings):
-        keys, values = one_pass(k, v, stored, settings)
+        num_stored = num_stored_blocks(num_blocks(kv_len, settings.block_k), settings, with_means=pooled)
+        keys, values = one_pass(k, v, num_stored, settings)
     statistics = block_statistics(
-        q, k, v, real, order, settings, needs_v_bar=pooled, smooth_k_bar=settings.is_low_bit,
+        q, k, v, real, order, settings,
+        # Where the tail's keys are codes, they are made of `k_mean`.
+        needs_v_bar=pooled, smooth_k_bar=settings.is_low_bit and not (pooled and settings.qk_format is not None),
         needs_v_scale=in_fp8 is None, of_keys=keys, of_values=values,
     )  # fmt: skip
     choice = route(

@@ -34,8 +34,8 @@ from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.gluon_codes import halves, in_stored_order, quarters, to_code_words
 from sla2_compile.kernels.gluon_feature_map import feature_map
 from sla2_compile.kernels.gluon_stream import group_barrier, left_operand, out_layout
-from sla2_compile.kernels.gluon_tiles import matrix_tiles, token_tiles
-from sla2_compile.kernels.hardware import capability, num_multiprocessors
+from sla2_compile.kernels.gluon_tiles import keys_suit_hopper, matrix_tiles, token_tiles
+from sla2_compile.kernels.hardware import num_multiprocessors
 from sla2_compile.kernels.launch import launch
 from sla2_compile.kernels.launch_arguments import max_registers
 from sla2_compile.kernels.settings import Settings
@@ -294,7 +294,7 @@ def tiles_of(
 ) -> tuple[TensorDescriptor, TensorDescriptor] | None:
     """Descriptors of k and v (B, G, N_kv, D) for this kernel; None where it cannot make their states."""
     kv_len, dim = k.shape[2:]
-    if capability(k.device)[0] != 9 or (dim, settings.block_k, k.element_size()) != (DIM, BLOCK_K, 2):
+    if not keys_suit_hopper(k, settings) or dim != DIM:
         return None
     if real is not None or order is not None or kv_len < BLOCK_K:
         return None

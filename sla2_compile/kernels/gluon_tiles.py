@@ -82,11 +82,16 @@ def write_rows(tiles, ptr, order_ptr, x, smem, row, column, first, N, pitch):
         gl.store(pointers, smem.load(layout), mask=(position < N)[:, None])
 
 
+def keys_suit_hopper(k: Tensor, settings: Settings) -> bool:
+    """Whether the kernels for Hopper that read no queries take this device, dtype, head dim and these key blocks."""
+    on_hopper = capability(k.device)[0] == 9
+    fits = k.dtype in (torch.bfloat16, torch.float16) and k.shape[3] in (64, 128)
+    return on_hopper and fits and settings.block_k == BLOCK_K
+
+
 def suits_hopper(q: Tensor, settings: Settings) -> bool:
     """Whether the kernels for Hopper take this device, dtype, head dim and these blocks."""
-    on_hopper = capability(q.device)[0] == 9
-    fits = q.dtype in (torch.bfloat16, torch.float16) and q.shape[3] in (64, 128)
-    return on_hopper and fits and (settings.block_q, settings.block_k) == (BLOCK_Q, BLOCK_K)
+    return keys_suit_hopper(q, settings) and settings.block_q == BLOCK_Q
 
 
 def is_eligible(q: Tensor, real: Tensor | None, order: Tensor | None, kv_len: int, settings: Settings) -> bool:

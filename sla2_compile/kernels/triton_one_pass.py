@@ -20,8 +20,7 @@ from torch import Tensor
 
 from sla2_compile.kernels.blocks import num_blocks
 from sla2_compile.kernels.gluon_one_pass import write_key_blocks, write_value_blocks
-from sla2_compile.kernels.gluon_tiles import BLOCK_K
-from sla2_compile.kernels.hardware import capability
+from sla2_compile.kernels.gluon_tiles import keys_suit_hopper
 from sla2_compile.kernels.launch import launch
 from sla2_compile.kernels.launch_arguments import MAX_REGISTERS, padded_dim, token_strides
 from sla2_compile.kernels.settings import Settings
@@ -130,8 +129,7 @@ def _again_kernel(
 
 def suits(k: Tensor, real: Tensor | None, order: Tensor | None, settings: Settings) -> bool:
     """Whether the kernels take this device, dtype and head dim, these blocks, and all keys real and in order."""
-    fits = k.element_size() == 2 and k.shape[3] in (64, 128) and settings.block_k == BLOCK_K
-    return capability(k.device)[0] == 9 and fits and real is None and order is None
+    return keys_suit_hopper(k, settings) and real is None and order is None
 
 
 def one_pass(k: Tensor, v: Tensor, num_stored: int, settings: Settings) -> tuple[KeyPass | None, ValuePass | None]:

@@ -95,11 +95,8 @@ def value_codes(
         settings: the op's.
     """
     (batch, heads, kv_len, dim), (unit, strides) = v.shape, token_strides(v)
-    T, block_d, codes = (
-        num_blocks(kv_len, settings.block_k),
-        padded_dim(dim),
-        empty_value_codes(v, num_stored, settings),
-    )
+    T, block_d = num_blocks(kv_len, settings.block_k), padded_dim(dim)
+    codes = empty_value_codes(v, num_stored, settings)
     launch(
         _value_codes_kernel, (batch * heads * T,),
         v, real, order, scale, codes, *strides, 0 if real is None else real.stride(0), heads, kv_len, T, num_stored,
